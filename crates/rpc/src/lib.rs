@@ -1,5 +1,7 @@
 //! Generated protocol code, conversions and the mapping of errors to gRPC status.
 
+pub mod status;
+
 /// Messages, clients and servers of `cacheclip.v1`, as generated from `proto/`.
 pub mod v1 {
     #![allow(missing_docs, missing_debug_implementations, unreachable_pub, clippy::all)]

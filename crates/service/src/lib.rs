@@ -1,0 +1,40 @@
+//! Bootstrap of a server: config, telemetry, health, admin port, drain.
+//!
+//! A service builds its tonic routes and hands them to [`Server::serve`]; what every server needs — health and
+//! reflection on the gRPC port, request ids and spans, admission with hints, an admin port, a drain in the right
+//! order — is the same everywhere. A thin `main` is one call of [`run()`].
+//!
+//! ```no_run
+//! # async fn start() -> Result<(), cacheclip_service::Error> {
+//! use cacheclip_service::{Options, Server};
+//!
+//! let routes = tonic::service::Routes::default();
+//! let running = Server::new("cache-store", Options::default()).serve(routes, &["cacheclip.v1.Cache"]).await?;
+//! running.readiness().set(true, "");
+//! running.drain().await;
+//! # Ok(())
+//! # }
+//! ```
+
+mod admin;
+pub mod config;
+mod connect;
+mod error;
+mod front;
+mod metrics;
+mod options;
+mod readiness;
+pub mod request_id;
+mod run;
+mod running;
+mod server;
+pub mod telemetry;
+
+pub use connect::{ConnectOptions, connect, endpoint};
+pub use error::Error;
+pub use metrics::code_name;
+pub use options::{Options, seconds};
+pub use readiness::{LIVENESS, Readiness};
+pub use run::{BAD_CONFIG, FAILED_START, run, stop_signal};
+pub use running::{Drain, Drained, Running};
+pub use server::Server;

@@ -1,0 +1,55 @@
+//! Metrics of every server's RPC surface.
+//!
+//! Labels: `method` is the full gRPC path without its leading slash ("other" for paths that are not served,
+//! so that a caller cannot make up label values); `code` is the gRPC code's name.
+
+use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use tonic::Code;
+
+const REQUESTS: &str = "cacheclip_rpc_requests_total";
+const SECONDS: &str = "cacheclip_rpc_seconds";
+const IN_FLIGHT: &str = "cacheclip_rpc_in_flight_requests";
+
+pub(crate) fn describe() {
+    describe_counter!(REQUESTS, "Requests that ended, by method and gRPC code");
+    describe_histogram!(
+        SECONDS,
+        metrics::Unit::Seconds,
+        "Time from a request's arrival to the end of its answer"
+    );
+    describe_gauge!(IN_FLIGHT, "Requests that were admitted and have not ended");
+}
+
+pub(crate) fn started() {
+    gauge!(IN_FLIGHT).increment(1.0);
+}
+
+pub(crate) fn ended(path: &str, code: Code, seconds: f64) {
+    let method = if code == Code::Unimplemented { "other" } else { path.trim_start_matches('/') };
+    gauge!(IN_FLIGHT).decrement(1.0);
+    counter!(REQUESTS, "method" => method.to_owned(), "code" => code_name(code)).increment(1);
+    histogram!(SECONDS, "method" => method.to_owned()).record(seconds);
+}
+
+/// The gRPC code's name as the specification writes it, for labels and logs.
+pub fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}

@@ -1,0 +1,152 @@
+//! What every server's `main` does: arguments, configuration, start, wait for a signal, drain.
+
+use crate::config::{self, Override};
+use crate::running::Drain;
+use crate::telemetry::{self, Format, TelemetryOptions};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::future::Future;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Exit code for a configuration that cannot be used (EX_USAGE).
+pub const BAD_CONFIG: u8 = 64;
+/// Exit code for a server that did not start.
+pub const FAILED_START: u8 = 1;
+
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// TOML file with the configuration.
+    #[arg(long, value_name = "FILE", env = "CACHECLIP_CONFIG")]
+    config: Option<PathBuf>,
+    /// Sets one field, over file and environment; may be repeated.
+    #[arg(long = "set", value_name = "FIELD=VALUE")]
+    overrides: Vec<Override>,
+    /// Prints the resulting configuration and stops.
+    #[arg(long)]
+    dump_config: bool,
+    /// Log filter.
+    #[arg(long, value_name = "FILTER", env = "CACHECLIP_LOG", default_value = "info")]
+    log: String,
+    /// Shape of log lines.
+    #[arg(long, env = "CACHECLIP_LOG_FORMAT", default_value = "text")]
+    log_format: Format,
+}
+
+/// Runs a server until SIGTERM or SIGINT, then drains it. `start` returns once the ports are bound.
+///
+/// Exit codes: 0 drained (or help, or the configuration was printed), 64 bad configuration, 1 failed start.
+pub fn run<T, S, F, R, E>(name: &'static str, start: S) -> ExitCode
+where
+    T: DeserializeOwned + Serialize + Default,
+    S: FnOnce(T) -> F,
+    F: Future<Output = Result<R, E>>,
+    R: Drain,
+    E: Into<anyhow::Error>,
+{
+    let arguments = match parse(name, std::env::args_os()) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // clap prints help and version the same way, with an exit code of 0.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(BAD_CONFIG) } else { ExitCode::SUCCESS };
+        }
+    };
+    let options: T = match config::load(arguments.config.as_deref(), &arguments.overrides) {
+        Ok(options) => options,
+        Err(error) => return fail(name, &error, BAD_CONFIG),
+    };
+    if arguments.dump_config {
+        return match config::dump(&options) {
+            Ok(text) => {
+                use std::io::Write as _;
+                // A reader that closed the pipe early has what it wanted.
+                let _ = std::io::stdout().write_all(text.as_bytes());
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(name, &error, BAD_CONFIG),
+        };
+    }
+    let telemetry = TelemetryOptions { format: arguments.log_format, filter: arguments.log };
+    if let Err(error) = telemetry::init(&telemetry) {
+        return fail(name, &error, BAD_CONFIG);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(name).build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(name, &error, FAILED_START),
+    };
+    let code = runtime.block_on(async {
+        // Listened for before the start, so that a signal during a long start is not lost.
+        let stop = stop_signal();
+        tokio::pin!(stop);
+        let started = tokio::select! {
+            started = start(options) => started,
+            () = &mut stop => return ExitCode::SUCCESS,
+        };
+        match started {
+            Ok(running) => {
+                stop.await;
+                running.drain().await;
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(name, &format_args!("{:#}", error.into()), FAILED_START),
+        }
+    });
+    // A blocking call that never returns must not keep a drained process alive.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    code
+}
+
+fn parse(
+    name: &'static str,
+    arguments: impl Iterator<Item = std::ffi::OsString>,
+) -> Result<Arguments, clap::Error> {
+    let matches =
+        Arguments::command().name(name).version(env!("CARGO_PKG_VERSION")).try_get_matches_from(arguments)?;
+    Arguments::from_arg_matches(&matches)
+}
+
+#[allow(clippy::print_stderr, reason = "the line must appear whatever the log filter says")]
+fn fail(name: &str, error: &dyn std::fmt::Display, code: u8) -> ExitCode {
+    eprintln!("{name}: {error}");
+    ExitCode::from(code)
+}
+
+/// Completes on SIGTERM or SIGINT.
+pub async fn stop_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (terminate, interrupt) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    match (terminate, interrupt) {
+        (Ok(mut terminate), Ok(mut interrupt)) => {
+            tokio::select! {
+                _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
+                _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+            }
+        }
+        (terminate, interrupt) => {
+            tracing::warn!(?terminate, ?interrupt, "signals cannot be caught: a stop will not be gentle");
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(line: &str) -> Result<Arguments, clap::Error> {
+        parse("sample", line.split(' ').map(Into::into))
+    }
+
+    #[test]
+    fn the_command_line_takes_a_file_and_repeated_overrides() {
+        let parsed =
+            arguments("sample --config a.toml --set x=1 --set y.z=two --log-format json").expect("sound");
+        assert_eq!(parsed.config, Some("a.toml".into()));
+        assert_eq!(parsed.overrides.len(), 2);
+        assert_eq!(parsed.log_format, Format::Json);
+        assert!(!parsed.dump_config);
+        assert!(arguments("sample --set nothing").expect_err("no value").use_stderr());
+    }
+}
