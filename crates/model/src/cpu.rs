@@ -1,0 +1,153 @@
+//! The CPU device: `f32` activations in plain vectors, kernels from `cacheclip-kernels`.
+
+use crate::device::{At, Device, Geometry, Look};
+use crate::error::Error;
+use crate::kv::LayerKv;
+use cacheclip_kernels::attend::{Queries, attend_rows};
+use cacheclip_kernels::matrix::Matrix;
+use cacheclip_kernels::ops;
+use cacheclip_kernels::page::{HeadShape, LayerView};
+use cacheclip_kernels::place::{StoredLayer, place, scatter};
+use cacheclip_kernels::probe::probe;
+use cacheclip_kernels::rope::RopeTable;
+
+/// The host's processor; rayon's threads are its cores.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu;
+
+/// Activations `[rows, width]`.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    data: Vec<f32>,
+    width: usize,
+}
+
+impl Rows {
+    fn zeros(rows: usize, width: usize) -> Self {
+        Self { data: vec![0.0; rows * width], width }
+    }
+
+    fn rows(&self) -> usize {
+        self.data.len() / self.width
+    }
+}
+
+/// Paged KV: one pool per layer.
+#[derive(Debug)]
+pub struct Pages {
+    layers: Vec<Vec<f32>>,
+    shape: HeadShape,
+}
+
+impl Pages {
+    fn view<'a>(&'a self, at: At<'a>) -> LayerView<'a> {
+        LayerView { pool: &self.layers[at.layer], table: at.table, shape: self.shape }
+    }
+}
+
+impl Device for Cpu {
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Rows = Rows;
+    type Pages = Pages;
+
+    fn matrix(&self, data: Vec<f32>, outputs: usize, inputs: usize) -> Result<Matrix, Error> {
+        Ok(Matrix::new(data, outputs, inputs))
+    }
+
+    fn vector(&self, data: Vec<f32>) -> Result<Vec<f32>, Error> {
+        Ok(data)
+    }
+
+    fn pages(&self, geometry: &Geometry, count: usize) -> Result<Pages, Error> {
+        let shape = HeadShape { kv_heads: geometry.kv_heads, head_dim: geometry.head_dim };
+        // Zeroed memory is only committed when touched, so an idle pool costs nothing.
+        let layers = (0..geometry.layers).map(|_| vec![0.0; count * shape.page()]).collect();
+        Ok(Pages { layers, shape })
+    }
+
+    fn embed(&self, table: &Matrix, ids: &[u32]) -> Rows {
+        let data = ids.iter().flat_map(|&id| table.row(id as usize)).copied().collect();
+        Rows { data, width: table.inputs() }
+    }
+
+    fn norm(&self, x: &Rows, weight: &Vec<f32>, eps: f32) -> Rows {
+        let mut out = Rows::zeros(x.rows(), x.width);
+        ops::rms_norm(&x.data, weight, eps, &mut out.data);
+        out
+    }
+
+    fn project(&self, x: &Rows, weight: &Matrix) -> Rows {
+        let mut out = Rows::zeros(x.rows(), weight.outputs());
+        weight.project(&x.data, &mut out.data);
+        out
+    }
+
+    fn add(&self, x: &mut Rows, y: &Rows) {
+        ops::add(&mut x.data, &y.data);
+    }
+
+    fn gate(&self, gate_up: &Rows) -> Rows {
+        let width = gate_up.width / 2;
+        let mut out = Rows::zeros(gate_up.rows(), width);
+        ops::silu_gate(&gate_up.data, width, &mut out.data);
+        out
+    }
+
+    fn take(&self, x: &Rows, rows: &[usize]) -> Rows {
+        let data = rows.iter().flat_map(|&row| &x.data[row * x.width..(row + 1) * x.width]).copied().collect();
+        Rows { data, width: x.width }
+    }
+
+    fn to_host(&self, x: &Rows) -> Vec<f32> {
+        x.data.clone()
+    }
+
+    fn export(&self, qkv: &Rows, geometry: &Geometry) -> LayerKv {
+        let (dim, tokens) = (geometry.head_dim, qkv.rows());
+        let mut data = Vec::with_capacity(2 * geometry.kv_heads * tokens * dim);
+        for head in geometry.heads..geometry.heads + 2 * geometry.kv_heads {
+            for row in qkv.data.chunks_exact(qkv.width) {
+                data.extend_from_slice(&row[head * dim..(head + 1) * dim]);
+            }
+        }
+        LayerKv { data, tokens }
+    }
+
+    fn place(&self, pages: &mut Pages, at: At<'_>, kv: &LayerKv, start: usize, rope: &RopeTable) -> Result<(), Error> {
+        let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
+        place(&mut pages.layers[at.layer], at.table, pages.shape, stored, start, rope);
+        Ok(())
+    }
+
+    fn scatter(
+        &self,
+        pages: &mut Pages,
+        at: At<'_>,
+        qkv: &mut Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+        rope: &RopeTable,
+    ) -> Result<(), Error> {
+        let pool = &mut pages.layers[at.layer];
+        scatter(pool, at.table, pages.shape, geometry.heads, &mut qkv.data, positions, rope);
+        Ok(())
+    }
+
+    fn attend_rows(&self, pages: &Pages, at: At<'_>, qkv: &Rows, geometry: &Geometry, positions: &[u32]) -> Rows {
+        let mut out = Rows::zeros(qkv.rows(), geometry.heads * geometry.head_dim);
+        let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
+        attend_rows(&pages.view(at), queries, &mut out.data);
+        out
+    }
+
+    fn probe(&self, pages: &Pages, look: Look<'_>, qkv: &Rows, geometry: &Geometry) -> Vec<f32> {
+        let queries = Queries {
+            data: &qkv.data[look.first * qkv.width..],
+            stride: qkv.width,
+            heads: geometry.heads,
+            positions: &look.positions[look.first..],
+        };
+        probe(&pages.view(look.at), queries, look.columns, look.heads, look.rows)
+    }
+}

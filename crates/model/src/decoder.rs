@@ -1,0 +1,278 @@
+//! A decoder's forward: any rows, at any positions, against a paged cache that already holds the others.
+
+use crate::config::Config;
+use crate::device::{At, Device, Geometry, Look};
+use crate::error::Error;
+use crate::kv::{ChunkKv, Export};
+use cacheclip_kernels::probe::Reduce;
+use cacheclip_kernels::rope::RopeTable;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Rows that go through the layers together when all KV is resident: bounds the memory of activations.
+const BLOCK_ROWS: usize = 1024;
+
+/// Weights of one layer.
+pub(crate) struct Layer<D: Device> {
+    pub(crate) attention_norm: D::Vector,
+    /// Queries, keys and values stacked, `[(heads + 2·kv_heads)·head_dim, hidden]`.
+    pub(crate) qkv: D::Matrix,
+    pub(crate) output: D::Matrix,
+    pub(crate) mlp_norm: D::Vector,
+    /// Gate and up stacked, `[2·intermediate, hidden]`.
+    pub(crate) gate_up: D::Matrix,
+    pub(crate) down: D::Matrix,
+}
+
+/// All weights of a model on its device.
+pub(crate) struct Weights<D: Device> {
+    pub(crate) embedding: Arc<D::Matrix>,
+    pub(crate) layers: Vec<Layer<D>>,
+    pub(crate) norm: D::Vector,
+    /// The embedding table itself where the model ties them.
+    pub(crate) head: Arc<D::Matrix>,
+}
+
+/// A causal language model on a device. Cheap to clone; clones share the weights.
+pub struct Decoder<D: Device> {
+    device: Arc<D>,
+    config: Arc<Config>,
+    weights: Arc<Weights<D>>,
+    rope: Arc<RopeTable>,
+}
+
+impl<D: Device> std::fmt::Debug for Decoder<D> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl<D: Device> Clone for Decoder<D> {
+    fn clone(&self) -> Self {
+        Self {
+            device: Arc::clone(&self.device),
+            config: Arc::clone(&self.config),
+            weights: Arc::clone(&self.weights),
+            rope: Arc::clone(&self.rope),
+        }
+    }
+}
+
+/// Which rows' logits a pass returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// None: the pass only fills the cache.
+    None,
+    /// The last row's, `[vocab]`.
+    Last,
+    /// Every row's, `[rows, vocab]`.
+    All,
+}
+
+/// Attention of some rows of a pass, for scoring: reduced over heads, then rows, then layers.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// First position whose row counts; rows before it are computed but not looked at.
+    pub from_position: u32,
+    /// Columns reported, from 0.
+    pub columns: usize,
+    /// Layers looked at.
+    pub layers: Range<usize>,
+    /// Reduction over heads.
+    pub heads: Reduce,
+    /// Reduction over rows.
+    pub rows: Reduce,
+    sums: Vec<f32>,
+    weight: f32,
+}
+
+impl Probe {
+    /// Looks at `layers`, from the rows at or after `from_position`, over columns `0..columns`.
+    pub fn new(from_position: u32, columns: usize, layers: Range<usize>, heads: Reduce, rows: Reduce) -> Self {
+        Self { from_position, columns, layers, heads, rows, sums: vec![0.0; columns], weight: 0.0 }
+    }
+
+    /// Score per column, `[columns]`: mean over the layers (and over row blocks) looked at.
+    pub fn scores(&self) -> Vec<f32> {
+        self.sums.iter().map(|sum| sum / self.weight.max(f32::MIN_POSITIVE)).collect()
+    }
+
+    fn add(&mut self, values: &[f32], rows: usize) {
+        self.sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * rows as f32);
+        self.weight += rows as f32;
+    }
+}
+
+/// Runs before each layer with the layer's index: places KV that arrives layer by layer.
+pub type BeforeLayer<'a, P> = &'a mut dyn FnMut(usize, &mut P) -> Result<(), Error>;
+
+/// One trip through the layers.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    /// Token of each row.
+    pub ids: &'a [u32],
+    /// Position of each row, ascending; unique.
+    pub positions: &'a [u32],
+    /// The sequence's pages; they must cover the last position.
+    pub table: &'a [u32],
+    /// What to return.
+    pub logits: Logits,
+    /// Collects the rows' position-free KV.
+    pub export: Option<&'a mut Export>,
+    /// Collects attention.
+    pub probe: Option<&'a mut Probe>,
+}
+
+impl<'a> Pass<'a> {
+    /// A pass that returns the last row's logits and collects nothing.
+    pub fn new(ids: &'a [u32], positions: &'a [u32], table: &'a [u32]) -> Self {
+        Self { ids, positions, table, logits: Logits::Last, export: None, probe: None }
+    }
+}
+
+impl<D: Device> Decoder<D> {
+    pub(crate) fn assemble(device: Arc<D>, config: Config, weights: Weights<D>) -> Self {
+        let rope = RopeTable::new(config.head_dim, config.max_positions, config.rope_theta, config.rope_scaling);
+        Self { device, config: Arc::new(config), weights: Arc::new(weights), rope: Arc::new(rope) }
+    }
+
+    /// The same weights under other rotary angles: a negative control for certificates.
+    pub(crate) fn with_theta(&self, theta: f64) -> Self {
+        let (dim, positions) = (self.config.head_dim, self.config.max_positions);
+        let rope = RopeTable::new(dim, positions, theta, self.config.rope_scaling);
+        Self { rope: Arc::new(rope), ..self.clone() }
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Heads and layers.
+    pub fn geometry(&self) -> Geometry {
+        let c = &self.config;
+        Geometry { layers: c.layers, heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim }
+    }
+
+    /// Reserves `count` pages per layer for this model's sequences.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn pages(&self, count: usize) -> Result<D::Pages, Error> {
+        self.device.pages(&self.geometry(), count)
+    }
+
+    /// Places a section's KV at positions `start..`, all layers.
+    ///
+    /// # Errors
+    /// A device fault.
+    pub fn place(&self, pages: &mut D::Pages, table: &[u32], kv: &ChunkKv, start: usize) -> Result<(), Error> {
+        for (layer, kv) in kv.layers().iter().enumerate() {
+            self.device.place(pages, At { layer, table }, kv, start, &self.rope)?;
+        }
+        Ok(())
+    }
+
+    /// Places one layer of a section, for callers that place layer by layer.
+    ///
+    /// # Errors
+    /// A device fault.
+    pub fn place_layer(
+        &self,
+        pages: &mut D::Pages,
+        at: At<'_>,
+        kv: &crate::kv::LayerKv,
+        start: usize,
+    ) -> Result<(), Error> {
+        self.device.place(pages, at, kv, start, &self.rope)
+    }
+
+    /// Computes the rows of `pass`: at each layer their K/V are scattered first, then they attend to the
+    /// whole cache at or before their own positions. In ascending row blocks, which gives the same result
+    /// and bounds memory. Returns logits `[rows asked for, vocab]`, empty for [`Logits::None`].
+    ///
+    /// # Errors
+    /// A device fault.
+    pub fn forward(&self, pages: &mut D::Pages, mut pass: Pass<'_>) -> Result<Vec<f32>, Error> {
+        debug_assert_eq!(pass.ids.len(), pass.positions.len());
+        let rows = pass.ids.len();
+        let mut logits = Vec::new();
+        for start in (0..rows).step_by(BLOCK_ROWS) {
+            let end = (start + BLOCK_ROWS).min(rows);
+            let wanted = if pass.logits == Logits::Last && end < rows { Logits::None } else { pass.logits };
+            let block = Pass {
+                ids: &pass.ids[start..end],
+                positions: &pass.positions[start..end],
+                table: pass.table,
+                logits: wanted,
+                export: pass.export.as_deref_mut(),
+                probe: pass.probe.as_deref_mut(),
+            };
+            logits.extend(self.through_layers(pages, block, None)?);
+        }
+        Ok(logits)
+    }
+
+    /// As [`forward`](Self::forward) in one layer-major pass, with `before` called ahead of every layer so
+    /// that its KV can arrive while earlier layers compute.
+    ///
+    /// # Errors
+    /// A device fault, or what `before` returns.
+    pub fn forward_layered(
+        &self,
+        pages: &mut D::Pages,
+        pass: Pass<'_>,
+        before: BeforeLayer<'_, D::Pages>,
+    ) -> Result<Vec<f32>, Error> {
+        self.through_layers(pages, pass, Some(before))
+    }
+
+    fn through_layers(
+        &self,
+        pages: &mut D::Pages,
+        mut pass: Pass<'_>,
+        mut before: Option<BeforeLayer<'_, D::Pages>>,
+    ) -> Result<Vec<f32>, Error> {
+        let (device, geometry, eps) = (&*self.device, self.geometry(), self.config.norm_eps);
+        let mut x = device.embed(&self.weights.embedding, pass.ids);
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            if let Some(before) = before.as_deref_mut() {
+                before(index, pages)?;
+            }
+            let at = At { layer: index, table: pass.table };
+            let normed = device.norm(&x, &layer.attention_norm, eps);
+            let mut qkv = device.project(&normed, &layer.qkv);
+            if let Some(export) = pass.export.as_deref_mut() {
+                export.push(index, device.export(&qkv, &geometry), geometry.head_dim);
+            }
+            device.scatter(pages, at, &mut qkv, &geometry, pass.positions, &self.rope)?;
+            if let Some(probe) = pass.probe.as_deref_mut() {
+                self.look(pages, at, &qkv, pass.positions, probe);
+            }
+            let attended = device.attend_rows(pages, at, &qkv, &geometry, pass.positions);
+            device.add(&mut x, &device.project(&attended, &layer.output));
+            let normed = device.norm(&x, &layer.mlp_norm, eps);
+            let gated = device.gate(&device.project(&normed, &layer.gate_up));
+            device.add(&mut x, &device.project(&gated, &layer.down));
+        }
+        let rows = pass.ids.len();
+        let x = match pass.logits {
+            Logits::None => return Ok(Vec::new()),
+            Logits::All => x,
+            Logits::Last => device.take(&x, &[rows - 1]),
+        };
+        let normed = device.norm(&x, &self.weights.norm, eps);
+        Ok(device.to_host(&device.project(&normed, &self.weights.head)))
+    }
+
+    fn look(&self, pages: &D::Pages, at: At<'_>, qkv: &D::Rows, positions: &[u32], probe: &mut Probe) {
+        let first = positions.partition_point(|&p| p < probe.from_position);
+        if !probe.layers.contains(&at.layer) || first == positions.len() {
+            return;
+        }
+        let look =
+            Look { at, first, positions, columns: probe.columns, heads: probe.heads, rows: probe.rows };
+        let values = self.device.probe(pages, look, qkv, &self.geometry());
+        probe.add(&values, positions.len() - first);
+    }
+}

@@ -1,0 +1,140 @@
+//! The seam under which devices differ and above which model families are written once.
+//!
+//! Five operations carry the method: [`project`](Device::project), [`place`](Device::place),
+//! [`scatter`](Device::scatter), [`attend_rows`](Device::attend_rows) and [`probe`](Device::probe). The rest
+//! is elementwise. Activations, weights and pages are opaque: what lives on a device stays there until
+//! [`to_host`](Device::to_host) or [`export`](Device::export).
+
+use crate::error::Error;
+use crate::kv::LayerKv;
+use cacheclip_kernels::probe::Reduce;
+use cacheclip_kernels::rope::RopeTable;
+
+/// Heads of a model's attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+}
+
+impl Geometry {
+    /// Width of a fused query, key and value row.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// One sequence's place in the pages: its page table and the layer at hand.
+#[derive(Clone, Copy, Debug)]
+pub struct At<'a> {
+    /// Layer, from 0.
+    pub layer: usize,
+    /// Page `i` holds positions `16·i .. 16·i + 16`.
+    pub table: &'a [u32],
+}
+
+/// A compute device.
+pub trait Device: Send + Sync + 'static {
+    /// Weights `[outputs, inputs]`.
+    type Matrix: Send + Sync;
+    /// Weights `[width]`.
+    type Vector: Send + Sync;
+    /// Activations `[rows, width]`.
+    type Rows: Send;
+    /// The paged KV of all sequences.
+    type Pages: Send;
+
+    /// Uploads a weight matrix, row-major.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    fn matrix(&self, data: Vec<f32>, outputs: usize, inputs: usize) -> Result<Self::Matrix, Error>;
+    /// Uploads a weight vector.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    fn vector(&self, data: Vec<f32>) -> Result<Self::Vector, Error>;
+    /// Reserves `count` pages per layer.
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    fn pages(&self, geometry: &Geometry, count: usize) -> Result<Self::Pages, Error>;
+
+    /// Embeddings of `ids`, `[ids, hidden]`.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32]) -> Self::Rows;
+    /// Root-mean-square norm of each row.
+    fn norm(&self, x: &Self::Rows, weight: &Self::Vector, eps: f32) -> Self::Rows;
+    /// `x · Wᵀ`.
+    fn project(&self, x: &Self::Rows, weight: &Self::Matrix) -> Self::Rows;
+    /// `x += y`.
+    fn add(&self, x: &mut Self::Rows, y: &Self::Rows);
+    /// `silu(gate) · up` of rows that hold both halves.
+    fn gate(&self, gate_up: &Self::Rows) -> Self::Rows;
+    /// The given rows of `x`.
+    fn take(&self, x: &Self::Rows, rows: &[usize]) -> Self::Rows;
+    /// Row-major values on the host.
+    fn to_host(&self, x: &Self::Rows) -> Vec<f32>;
+
+    /// Position-free keys and values of freshly projected rows, before [`scatter`](Self::scatter).
+    fn export(&self, qkv: &Self::Rows, geometry: &Geometry) -> LayerKv;
+    /// Places stored KV at positions `start..`, rotating K.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn place(
+        &self,
+        pages: &mut Self::Pages,
+        at: At<'_>,
+        kv: &LayerKv,
+        start: usize,
+        rope: &RopeTable,
+    ) -> Result<(), Error>;
+    /// Rotates the queries of `qkv` in place and writes its keys (rotated) and values to `positions`.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn scatter(
+        &self,
+        pages: &mut Self::Pages,
+        at: At<'_>,
+        qkv: &mut Self::Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+        rope: &RopeTable,
+    ) -> Result<(), Error>;
+    /// Attention of the rotated queries of `qkv` over everything at or before their positions (ascending):
+    /// `[rows, heads · head_dim]`.
+    fn attend_rows(
+        &self,
+        pages: &Self::Pages,
+        at: At<'_>,
+        qkv: &Self::Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+    ) -> Self::Rows;
+    /// Attention probabilities of rows `first..` over columns `0..columns`, reduced over heads, then rows.
+    fn probe(&self, pages: &Self::Pages, look: Look<'_>, qkv: &Self::Rows, geometry: &Geometry) -> Vec<f32>;
+}
+
+/// What a probe looks at.
+#[derive(Clone, Copy, Debug)]
+pub struct Look<'a> {
+    /// The layer and the sequence.
+    pub at: At<'a>,
+    /// First row of the pass that counts.
+    pub first: usize,
+    /// Positions of all rows of the pass.
+    pub positions: &'a [u32],
+    /// Columns reported.
+    pub columns: usize,
+    /// Reduction over heads.
+    pub heads: Reduce,
+    /// Reduction over rows.
+    pub rows: Reduce,
+}

@@ -1,0 +1,50 @@
+//! What can go wrong, by what the caller can do about it.
+
+use std::path::PathBuf;
+
+/// An error of the model crate.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model directory asks for something this build does not do; choose another model.
+    #[error("{field} in config.json: {why}")]
+    Unsupported {
+        /// Field of `config.json`.
+        field: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A file is missing or unreadable; check the model directory.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The weights do not fit the configuration; the directory is damaged or mixed.
+    #[error("weights: {0}")]
+    Weights(String),
+    /// The instance computes something else than full prefill; it must not reuse KV.
+    #[error("certificate {check} failed: relative error {error:.1e}, limit {limit:.1e}")]
+    Certificate {
+        /// Name of the check.
+        check: &'static str,
+        /// Relative error found.
+        error: f32,
+        /// What it must stay below (for controls: above).
+        limit: f32,
+    },
+    /// No pages left; retry when other sequences have ended.
+    #[error("{wanted} pages wanted, {free} free of {total}")]
+    OutOfPages {
+        /// Pages the sequence needs.
+        wanted: usize,
+        /// Pages free now.
+        free: usize,
+        /// Pages there are.
+        total: usize,
+    },
+    /// A tensor operation failed; a bug or a device fault.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}

@@ -1,0 +1,29 @@
+//! Decoder forward over paged KV with rows at arbitrary positions; loading, sampling, certificates.
+//!
+//! ```text
+//! Decoder (families, written once)        config · load · decoder · certificate
+//!    │  project · place · scatter · attend_rows · probe
+//! Device (the seam)                       device
+//!    │
+//! Cpu (pages of f32, cacheclip-kernels)   cpu          … a CUDA device stands beside it, not above it
+//! ```
+//!
+//! Keys leave and enter a decoder **before** rotation ([`kv::ChunkKv`]), so that one chunk's KV serves at
+//! any position.
+
+pub mod certificate;
+pub mod config;
+pub mod cpu;
+pub mod decoder;
+pub mod device;
+mod error;
+pub mod kv;
+pub mod load;
+pub mod pages;
+pub mod sample;
+
+pub use cacheclip_kernels::probe::Reduce;
+pub use cpu::Cpu;
+pub use decoder::{Decoder, Logits, Pass, Probe};
+pub use device::Device;
+pub use error::Error;

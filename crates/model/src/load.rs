@@ -1,0 +1,181 @@
+//! From a Hugging Face directory (or a seed) to a decoder on a device.
+
+use crate::config::Config;
+use crate::decoder::{Decoder, Layer, Weights};
+use crate::device::Device;
+use crate::error::Error;
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+use std::collections::HashMap;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Where a model's weights come from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// A Hugging Face directory: `config.json` and `model*.safetensors`.
+    Dir(PathBuf),
+    /// Random weights at a true shape: right for time and bytes, meaningless as text.
+    Random {
+        /// Shape.
+        config: Config,
+        /// The same seed gives the same weights.
+        seed: u64,
+    },
+}
+
+/// A decoder and the digest of the weights it was made from.
+#[derive(Debug)]
+pub struct Loaded<D: Device> {
+    /// The model.
+    pub decoder: Decoder<D>,
+    /// blake3 of the weight files (or of shape and seed).
+    pub weights_digest: [u8; 32],
+}
+
+/// Loads `source` onto `device`; weights are converted to f32.
+///
+/// # Errors
+/// Files missing or unreadable, a family or feature that is not supported, weights that do not fit.
+pub fn load<D: Device>(source: &Source, device: D) -> Result<Loaded<D>, Error> {
+    match source {
+        Source::Dir(dir) => {
+            let config = Config::from_dir(dir)?;
+            let files = weight_files(dir)?;
+            let mut tensors = HashMap::new();
+            for file in &files {
+                tensors.extend(candle_core::safetensors::load(file, &candle_core::Device::Cpu)?);
+            }
+            let weights_digest = digest(&files)?;
+            build(config, device, weights_digest, |name, shape| from_tensors(&tensors, name, shape))
+        }
+        Source::Random { config, seed } => {
+            let text = format!("random weights {} seed {seed}", config.canonical());
+            let digest = *blake3::hash(text.as_bytes()).as_bytes();
+            build(config.clone(), device, digest, |name, shape| Ok(random(*seed, name, shape)))
+        }
+    }
+}
+
+fn build<D: Device>(
+    config: Config,
+    device: D,
+    weights_digest: [u8; 32],
+    fetch: impl Fn(&str, &[usize]) -> Result<Vec<f32>, Error>,
+) -> Result<Loaded<D>, Error> {
+    let c = &config;
+    let (hidden, ff) = (c.hidden, c.intermediate);
+    let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let stacked = |parts: &[(&str, usize)], layer: usize| -> Result<D::Matrix, Error> {
+        let mut data = Vec::new();
+        for (name, rows) in parts {
+            data.extend(fetch(&format!("model.layers.{layer}.{name}.weight"), &[*rows, hidden])?);
+        }
+        device.matrix(data, parts.iter().map(|(_, rows)| rows).sum(), hidden)
+    };
+    let mut layers = Vec::with_capacity(c.layers);
+    for i in 0..c.layers {
+        let name = |part: &str| format!("model.layers.{i}.{part}.weight");
+        layers.push(Layer {
+            attention_norm: device.vector(fetch(&name("input_layernorm"), &[hidden])?)?,
+            qkv: stacked(&[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)], i)?,
+            output: device.matrix(fetch(&name("self_attn.o_proj"), &[hidden, q])?, hidden, q)?,
+            mlp_norm: device.vector(fetch(&name("post_attention_layernorm"), &[hidden])?)?,
+            gate_up: stacked(&[("mlp.gate_proj", ff), ("mlp.up_proj", ff)], i)?,
+            down: device.matrix(fetch(&name("mlp.down_proj"), &[hidden, ff])?, hidden, ff)?,
+        });
+    }
+    let table = |name: &str| -> Result<Arc<D::Matrix>, Error> {
+        Ok(Arc::new(device.matrix(fetch(name, &[c.vocab, hidden])?, c.vocab, hidden)?))
+    };
+    let embedding = table("model.embed_tokens.weight")?;
+    let head = if c.tied { Arc::clone(&embedding) } else { table("lm_head.weight")? };
+    let norm = device.vector(fetch("model.norm.weight", &[hidden])?)?;
+    let weights = Weights { embedding, layers, norm, head };
+    Ok(Loaded { decoder: Decoder::assemble(Arc::new(device), config, weights), weights_digest })
+}
+
+fn from_tensors(tensors: &HashMap<String, Tensor>, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
+    let tensor = tensors.get(name).ok_or_else(|| Error::Weights(format!("{name} is missing")))?;
+    if tensor.dims() != shape {
+        return Err(Error::Weights(format!("{name} has shape {:?}, config.json says {shape:?}", tensor.dims())));
+    }
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+/// Uniform values with the variance of a fan-in initialisation; norms are ones.
+fn random(seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
+    let count = shape.iter().product();
+    if shape.len() == 1 {
+        return vec![1.0; count];
+    }
+    let bound = (3.0 / shape[1] as f32).sqrt();
+    let hash = blake3::hash(format!("{seed}/{name}").as_bytes());
+    let base = u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap_or_default());
+    (0..count as u64)
+        .into_par_iter()
+        .map(|i| {
+            // splitmix64: every value from its index alone, so that threads need no shared state.
+            let mut z = base.wrapping_add(i.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+            let unit = (z ^ (z >> 31)) as u32 as f32 / u32::MAX as f32;
+            (unit * 2.0 - 1.0) * bound
+        })
+        .collect()
+}
+
+/// The directory's weight files: those its index names, or the single file.
+fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let index = dir.join("model.safetensors.index.json");
+    if !index.exists() {
+        return Ok(vec![dir.join("model.safetensors")]);
+    }
+    let text = std::fs::read_to_string(&index).map_err(|source| Error::Read { path: index.clone(), source })?;
+    let value: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| Error::Weights(format!("{}: {e}", index.display())))?;
+    let names = value["weight_map"].as_object().into_iter().flat_map(|map| map.values());
+    let mut files: Vec<PathBuf> = names.filter_map(|v| v.as_str()).map(|name| dir.join(name)).collect();
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+/// blake3 over the files in order, each with its length before it.
+fn digest(files: &[PathBuf]) -> Result<[u8; 32], Error> {
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; 1 << 20];
+    for path in files {
+        let fault = |source| Error::Read { path: path.clone(), source };
+        let mut file = std::fs::File::open(path).map_err(fault)?;
+        hasher.update(&file.metadata().map_err(fault)?.len().to_le_bytes());
+        loop {
+            let count = file.read(&mut buffer).map_err(fault)?;
+            if count == 0 {
+                break;
+            }
+            hasher.update(&buffer[..count]);
+        }
+    }
+    Ok(*hasher.finalize().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Cpu;
+
+    #[test]
+    fn a_missing_directory_is_named_in_the_error() {
+        let error = load(&Source::Dir("/no/such/model".into()), Cpu).unwrap_err().to_string();
+        assert!(error.contains("/no/such/model/config.json"), "{error}");
+    }
+
+    #[test]
+    fn random_weights_depend_on_their_seed_and_name_only() {
+        assert_eq!(random(1, "a", &[4, 8]), random(1, "a", &[4, 8]));
+        assert_ne!(random(1, "a", &[4, 8]), random(2, "a", &[4, 8]));
+        assert_ne!(random(1, "a", &[4, 8]), random(1, "b", &[4, 8]));
+    }
+}

@@ -1,0 +1,217 @@
+//! The auxiliary model: cached chunk KV, and the question run once over all of it.
+
+use cacheclip_chunk::ByteSpan;
+use cacheclip_model::kv::{ChunkKv, Export};
+use cacheclip_model::pages::{Allocator, Sequence};
+use cacheclip_model::{Cpu, Decoder, Device, Logits, Pass, Probe, Reduce};
+use cacheclip_plan::Scored;
+use cacheclip_prompt::Composer;
+use parking_lot::Mutex;
+use std::ops::Range;
+
+/// A chunk as the auxiliary model knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Chunk {
+    pub(crate) kv: ChunkKv,
+    pub(crate) spans: std::sync::Arc<[ByteSpan]>,
+}
+
+/// How a question is run over the chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Once over all chunks, every layer; mean over layers, heads and question tokens.
+    Joint,
+    /// As published: per chunk alone, last layer, mean over heads and question tokens.
+    Paper,
+}
+
+/// Why something could not be scored.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{field}: {why}")]
+    Invalid { field: &'static str, why: String },
+    #[error(transparent)]
+    Prompt(#[from] cacheclip_prompt::Error),
+    #[error(transparent)]
+    Model(#[from] cacheclip_model::Error),
+}
+
+/// The model with its workspaces; shared by all requests.
+pub(crate) struct Auxiliary {
+    decoder: Decoder<Cpu>,
+    composer: Composer,
+    anchor: Vec<u32>,
+    max_question: usize,
+    /// One per concurrent request: pages for a whole context.
+    workspaces: Mutex<Vec<Workspace>>,
+}
+
+struct Workspace {
+    pages: <Cpu as Device>::Pages,
+    sequence: Sequence,
+}
+
+impl std::fmt::Debug for Auxiliary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Auxiliary").field("config", self.decoder.config()).finish_non_exhaustive()
+    }
+}
+
+impl Auxiliary {
+    pub(crate) fn new(
+        decoder: Decoder<Cpu>,
+        composer: Composer,
+        max_question: usize,
+        concurrency: usize,
+    ) -> Result<Self, Error> {
+        let anchor = composer.anchor()?;
+        let context = decoder.config().max_positions;
+        let workspaces = (0..concurrency)
+            .map(|_| {
+                let allocator = Allocator::new(cacheclip_kernels::page::pages_for(context));
+                Ok(Workspace { pages: decoder.pages(allocator.total())?, sequence: allocator.sequence(context)? })
+            })
+            .collect::<Result<_, Error>>()?;
+        Ok(Self { decoder, composer, anchor, max_question, workspaces: Mutex::new(workspaces) })
+    }
+
+    /// Longest sequence of the auxiliary model.
+    fn context(&self) -> usize {
+        self.decoder.config().max_positions
+    }
+
+    /// Canonical auxiliary KV of one chunk: behind the anchor, anchor stripped.
+    pub(crate) fn chunk(&self, text: &str) -> Result<Chunk, Error> {
+        let section = self.composer.chunk(text)?;
+        let kv = self.section(&self.anchor, &section.ids)?;
+        Ok(Chunk { kv, spans: section.spans.into() })
+    }
+
+    /// Scores of every auxiliary token of every chunk for `question`.
+    pub(crate) fn score(
+        &self,
+        prefix: Option<&str>,
+        chunks: &[Chunk],
+        question: &str,
+        mode: Mode,
+    ) -> Result<Vec<Vec<Scored>>, Error> {
+        let question = self.composer.question(question)?.ids;
+        if question.is_empty() || question.len() > self.max_question {
+            let why = format!("{} auxiliary tokens; between 1 and {}", question.len(), self.max_question);
+            return Err(Error::Invalid { field: "question", why });
+        }
+        let prefix = match prefix {
+            Some(text) => self.composer.prefix(text)?.ids,
+            None => self.anchor.clone(),
+        };
+        let prefix = self.section(&[], &prefix)?;
+        let layers = self.decoder.config().layers;
+        let (groups, looked_at) = match mode {
+            Mode::Joint => (self.groups(chunks, prefix.tokens() + question.len())?, 0..layers),
+            Mode::Paper => ((0..chunks.len()).map(|i| i..i + 1).collect(), layers - 1..layers),
+        };
+        let mut scored = Vec::with_capacity(chunks.len());
+        for group in groups {
+            scored.extend(self.joint(&prefix, &chunks[group], &question, looked_at.clone())?);
+        }
+        Ok(scored)
+    }
+
+    /// Runs of chunks that fit the auxiliary context together; usually one.
+    fn groups(&self, chunks: &[Chunk], fixed: usize) -> Result<Vec<Range<usize>>, Error> {
+        let room = self.context().saturating_sub(fixed);
+        let mut groups = Vec::new();
+        let (mut start, mut used) = (0, 0);
+        for (index, chunk) in chunks.iter().enumerate() {
+            let tokens = chunk.kv.tokens();
+            if tokens > room {
+                let why = format!("chunk {index} has {tokens} auxiliary tokens, there is room for {room}");
+                return Err(Error::Invalid { field: "chunks", why });
+            }
+            if used + tokens > room {
+                groups.push(start..index);
+                (start, used) = (index, 0);
+            }
+            used += tokens;
+        }
+        groups.push(start..chunks.len());
+        Ok(groups)
+    }
+
+    /// The question attends to prefix and chunks jointly, at every layer, on their canonical (stale) KV.
+    fn joint(
+        &self,
+        prefix: &ChunkKv,
+        chunks: &[Chunk],
+        question: &[u32],
+        layers: Range<usize>,
+    ) -> Result<Vec<Vec<Scored>>, Error> {
+        let mut starts = vec![prefix.tokens()];
+        for chunk in chunks {
+            starts.push(starts[starts.len() - 1] + chunk.kv.tokens());
+        }
+        let end = starts[starts.len() - 1];
+        if end + question.len() > self.context() {
+            let why = format!("{} auxiliary tokens, the context holds {}", end + question.len(), self.context());
+            return Err(Error::Invalid { field: "chunks", why });
+        }
+        let positions: Vec<u32> = (end as u32..(end + question.len()) as u32).collect();
+        let mut probe = Probe::new(positions[0], end, layers, Reduce::Mean, Reduce::Mean);
+        self.with_workspace(|workspace| {
+            let table = workspace.sequence.table();
+            self.decoder.place(&mut workspace.pages, table, prefix, 0)?;
+            for (chunk, &start) in chunks.iter().zip(&starts) {
+                self.decoder.place(&mut workspace.pages, table, &chunk.kv, start)?;
+            }
+            let pass =
+                Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(question, &positions, table) };
+            self.decoder.forward(&mut workspace.pages, pass)
+        })?;
+        let scores = probe.scores();
+        let of_chunk = |(chunk, &start): (&Chunk, &usize)| {
+            let spans = chunk.spans.iter().zip(&scores[start..]);
+            spans.filter(|(span, _)| span.start < span.end).map(|(&span, &score)| Scored { span, score }).collect()
+        };
+        Ok(chunks.iter().zip(&starts).map(of_chunk).collect())
+    }
+
+    /// Position-free KV of `ids` behind `behind`.
+    fn section(&self, behind: &[u32], ids: &[u32]) -> Result<ChunkKv, Error> {
+        let all = [behind, ids].concat();
+        if all.len() > self.context() {
+            let why = format!("{} auxiliary tokens, the context holds {}", all.len(), self.context());
+            return Err(Error::Invalid { field: "chunks", why });
+        }
+        let positions: Vec<u32> = (0..all.len() as u32).collect();
+        let mut export = Export::default();
+        self.with_workspace(|workspace| {
+            let table = workspace.sequence.table();
+            let pass =
+                Pass { logits: Logits::None, export: Some(&mut export), ..Pass::new(&all, &positions, table) };
+            self.decoder.forward(&mut workspace.pages, pass)
+        })?;
+        Ok(export.finish(behind.len(), self.decoder.config().head_dim))
+    }
+
+    fn with_workspace<T>(
+        &self,
+        work: impl FnOnce(&mut Workspace) -> Result<T, cacheclip_model::Error>,
+    ) -> Result<T, Error> {
+        // The service admits as many requests as there are workspaces; a missing one is made up for here, so
+        // that a caller who does not count cannot break scoring.
+        let taken = self.workspaces.lock().pop();
+        let mut workspace = match taken {
+            Some(workspace) => workspace,
+            None => {
+                let allocator = Allocator::new(cacheclip_kernels::page::pages_for(self.context()));
+                Workspace {
+                    pages: self.decoder.pages(allocator.total())?,
+                    sequence: allocator.sequence(self.context())?,
+                }
+            }
+        };
+        let result = work(&mut workspace);
+        self.workspaces.lock().push(workspace);
+        Ok(result?)
+    }
+}

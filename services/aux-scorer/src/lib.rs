@@ -1,0 +1,50 @@
+//! Auxiliary scorer: a small model on the CPU says which bytes of the chunks matter for a question.
+//!
+//! The auxiliary KV of every chunk is computed once and cached; a question runs once, attending jointly to
+//! all chunks' cached KV, so scoring costs the question's length and not the chunks'. Scores leave as byte
+//! spans of the chunk's text, because the primary model has another tokenizer.
+
+mod auxiliary;
+mod grpc;
+pub mod metrics;
+mod options;
+
+pub use options::Options;
+
+use anyhow::Context as _;
+use auxiliary::Auxiliary;
+use cacheclip_model::{Cpu, certificate, load};
+use cacheclip_prompt::Composer;
+use cacheclip_rpc::v1::scorer_server::ScorerServer;
+use cacheclip_service::{Running, Server};
+use grpc::Service;
+use tonic::service::Routes;
+
+/// Full gRPC name of the service.
+pub const SERVICE: &str = "cacheclip.v1.Scorer";
+
+/// Loads the auxiliary model, proves the instance, and serves. Ready when this returns.
+///
+/// # Errors
+/// A model that cannot be loaded or proven, an address in use.
+pub async fn start(options: Options) -> anyhow::Result<Running> {
+    cacheclip_service::telemetry::install_recorder();
+    metrics::describe();
+    let settings = options.clone();
+    let auxiliary = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
+        let loaded = load::load(&load::Source::Dir(settings.model_dir.clone()), Cpu)?;
+        let certificate = certificate::certify(&loaded.decoder)?;
+        tracing::info!(%certificate, "auxiliary instance certified");
+        let composer = Composer::from_dir(&settings.model_dir)?;
+        Ok(Auxiliary::new(loaded.decoder, composer, settings.max_question_tokens, settings.concurrency.max(1))?)
+    })
+    .await?
+    .with_context(|| format!("auxiliary model {}", options.model_dir.display()))?;
+    let message_bytes = options.service.max_message_bytes;
+    let service = ScorerServer::new(Service::new(auxiliary, &options))
+        .max_decoding_message_size(message_bytes)
+        .max_encoding_message_size(message_bytes);
+    let running = Server::new("aux-scorer", options.service).serve(Routes::new(service), &[SERVICE]).await?;
+    running.readiness().set(true, "");
+    Ok(running)
+}

@@ -1,0 +1,184 @@
+//! The engine: one OS thread owns the model's device and everything that touches it.
+//!
+//! Jobs arrive over a bounded channel. Each turn of the loop starts at most one new piece of prefill work and
+//! then decodes one token of every running sequence, so a long queue of prompts never starves an answer that
+//! is already being written.
+
+mod generation;
+mod prefill;
+
+pub use generation::{Event, Generation, Outcome};
+pub use prefill::Canonical;
+pub(crate) use prefill::RANK_VERSION;
+
+use cacheclip_model::kv::ChunkKv;
+use cacheclip_model::pages::Allocator;
+use cacheclip_model::{Cpu, Decoder, Device};
+use cacheclip_prompt::Tokenizer;
+use generation::Running;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+
+/// The device this build computes on.
+pub type Compute = Cpu;
+
+/// Why the engine did not do a job.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The queue is full; retry later.
+    #[error("the worker's queue is full")]
+    Busy,
+    /// The sequence is larger than all pages together; shorten the prompt or enlarge the budget.
+    #[error("the sequence needs {wanted} pages, the worker has {total}")]
+    TooLarge {
+        /// Pages wanted.
+        wanted: usize,
+        /// Pages there are.
+        total: usize,
+    },
+    /// The engine thread is gone; restart the worker.
+    #[error("the engine has stopped")]
+    Stopped,
+    /// The caller's deadline passed before the job began.
+    #[error("the request waited longer than its deadline allows")]
+    Expired,
+    /// Selection was impossible as asked.
+    #[error(transparent)]
+    Plan(#[from] cacheclip_plan::Error),
+    /// The device or the model failed.
+    #[error(transparent)]
+    Model(#[from] cacheclip_model::Error),
+}
+
+enum Job {
+    /// Canonical KV of a section: computed behind `behind` (empty for a prefix).
+    Canonical { behind: Arc<[u32]>, ids: Vec<u32>, reply: oneshot::Sender<Result<Canonical, Error>> },
+    Generate { generation: Box<Generation>, events: mpsc::Sender<Event> },
+}
+
+/// Handle to the engine thread; cheap to clone. The thread ends when the last handle is dropped.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Engine {
+    /// Starts the thread. `pages` is the KV budget in pages, `queue` the number of jobs that may wait.
+    ///
+    /// # Errors
+    /// The device cannot hold the pages, or no thread can be started.
+    pub fn start(
+        decoder: Decoder<Compute>,
+        tokenizer: Tokenizer,
+        pages: usize,
+        queue: usize,
+    ) -> anyhow::Result<Self> {
+        let (jobs, inbox) = mpsc::channel(queue);
+        let allocator = Allocator::new(pages);
+        let pages = decoder.pages(allocator.total())?;
+        let state = Thread { decoder, tokenizer, pages, allocator, waiting: VecDeque::new(), running: Vec::new(), queue };
+        std::thread::Builder::new().name("engine".into()).spawn(move || state.run(inbox))?;
+        Ok(Self { jobs })
+    }
+
+    /// Canonical KV of `ids` behind the anchor `behind`, anchor stripped.
+    ///
+    /// # Errors
+    /// The engine stopped or the model failed.
+    pub async fn canonical(&self, behind: Arc<[u32]>, ids: Vec<u32>) -> Result<Canonical, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.jobs.send(Job::Canonical { behind, ids, reply }).await.map_err(|_| Error::Stopped)?;
+        answer.await.map_err(|_| Error::Stopped)?
+    }
+
+    /// Queues a generation; its events end with [`Event::Done`] or [`Event::Failed`].
+    ///
+    /// # Errors
+    /// The queue is full or the engine stopped.
+    pub fn generate(&self, generation: Generation) -> Result<mpsc::Receiver<Event>, Error> {
+        // Room for every event there can be: the engine never waits for a slow reader.
+        let (events, receiver) = mpsc::channel(generation.max_tokens + 2);
+        let job = Job::Generate { generation: Box::new(generation), events };
+        match self.jobs.try_send(job) {
+            Ok(()) => Ok(receiver),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(Error::Busy),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(Error::Stopped),
+        }
+    }
+}
+
+/// What the engine thread owns.
+struct Thread {
+    decoder: Decoder<Compute>,
+    tokenizer: Tokenizer,
+    pages: <Compute as Device>::Pages,
+    allocator: Allocator,
+    waiting: VecDeque<(Box<Generation>, mpsc::Sender<Event>)>,
+    running: Vec<Running>,
+    queue: usize,
+}
+
+impl Thread {
+    fn run(mut self, mut inbox: mpsc::Receiver<Job>) {
+        loop {
+            let idle = self.running.is_empty() && self.waiting.is_empty();
+            let job = if idle {
+                match inbox.blocking_recv() {
+                    Some(job) => Some(job),
+                    None => return,
+                }
+            } else if self.waiting.len() < self.queue {
+                inbox.try_recv().ok()
+            } else {
+                None
+            };
+            match job {
+                Some(Job::Canonical { behind, ids, reply }) => {
+                    // A caller that went away does not want the answer.
+                    let _ = reply.send(self.canonical(&behind, &ids));
+                }
+                Some(Job::Generate { generation, events }) => self.waiting.push_back((generation, events)),
+                None => {}
+            }
+            self.admit();
+            self.decode();
+            crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
+        }
+    }
+
+    /// Starts the first waiting generation for which there are pages.
+    fn admit(&mut self) {
+        let Some((generation, events)) = self.waiting.pop_front() else { return };
+        if events.is_closed() {
+            return;
+        }
+        match self.allocator.sequence(generation.positions()) {
+            Ok(sequence) => match self.prefill(&generation, sequence) {
+                Ok(first) => self.running.extend(Running::start(*generation, first, events, &self.tokenizer)),
+                Err(error) => fail(&events, error),
+            },
+            Err(cacheclip_model::Error::OutOfPages { wanted, total, .. }) if wanted > total => {
+                fail(&events, Error::TooLarge { wanted, total });
+            }
+            // Running sequences hold the pages: wait for them, in order.
+            Err(_) => self.waiting.push_front((generation, events)),
+        }
+    }
+
+    /// One token for every running sequence.
+    fn decode(&mut self) {
+        let (decoder, pages) = (&self.decoder, &mut self.pages);
+        self.running.retain_mut(|running| running.step(decoder, pages));
+    }
+}
+
+fn fail(events: &mpsc::Sender<Event>, error: Error) {
+    // The channel has room for every event; a closed one has no reader left to tell.
+    let _ = events.try_send(Event::Failed(error));
+}
+
+/// Bytes a chunk's KV takes in memory.
+pub(crate) fn weight(kv: &ChunkKv) -> u64 {
+    kv.bytes() as u64
+}

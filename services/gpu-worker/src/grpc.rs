@@ -1,0 +1,276 @@
+//! The `Worker` service: loads beside scoring, plans, hands over to the engine, streams what comes out.
+
+use crate::engine::{self, Engine, Event, Generation, Outcome, Placed};
+use crate::layout::Layout;
+use crate::loader::{self, Found, Loader};
+use crate::metrics;
+use crate::report;
+use crate::request::{self, Limits, Request};
+use cacheclip_plan::{Policy, Rung, Scored, choose_rung};
+use cacheclip_rpc::status::{exhausted, invalid, unavailable};
+use cacheclip_rpc::v1;
+use cacheclip_rpc::v1::worker_request::Request as Part;
+use quick_cache::sync::Cache;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+use tracing::Instrument as _;
+
+/// Scored spans per chunk, as kept for the next time the same question meets the same chunks.
+type Set = Arc<Vec<Vec<Scored>>>;
+
+/// Longest wait for the first message of a stream.
+const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// Hint to callers that met a full queue.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// Everything the service needs; one per process.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) engine: Engine,
+    pub(crate) loader: Loader,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) anchor: Arc<[u32]>,
+    pub(crate) limits: Limits,
+    pub(crate) model: String,
+    pub(crate) tokenizer_digest: [u8; 32],
+    pub(crate) eos: Vec<u32>,
+    pub(crate) importance_timeout: Duration,
+    pub(crate) fuse_rank: bool,
+    pub(crate) probe: bool,
+    pub(crate) sets: Cache<[u8; 32], Set>,
+}
+
+/// The gRPC service. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Service(pub(crate) Arc<Shared>);
+
+#[tonic::async_trait]
+impl v1::worker_server::Worker for Service {
+    type GenerateStream = ReceiverStream<Result<v1::WorkerEvent, Status>>;
+
+    async fn generate(
+        &self,
+        request: tonic::Request<Streaming<v1::WorkerRequest>>,
+    ) -> Result<tonic::Response<Self::GenerateStream>, Status> {
+        let received = Instant::now();
+        let mut inbound = request.into_inner();
+        let first = tokio::time::timeout(FIRST_MESSAGE, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no sections arrived"))??;
+        let Some(Part::Sections(sections)) = first.and_then(|message| message.request) else {
+            return Err(invalid("request", "the first message must carry the sections"));
+        };
+        let shared = &self.0;
+        let request = Request::parse(sections, &shared.layout, &shared.anchor, &shared.limits)?;
+        // Room for every event the engine can send, so that relaying never waits on a slow caller for long.
+        let (events, stream) = mpsc::channel(request.max_tokens + 2);
+        let shared = Arc::clone(shared);
+        let work = async move {
+            if let Err(status) = shared.answer(request, inbound, received, &events).await {
+                // The caller may be gone; then nobody needs the status.
+                let _ = events.send(Err(status)).await;
+            }
+        };
+        tokio::spawn(work.in_current_span());
+        Ok(tonic::Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn precompute(
+        &self,
+        request: tonic::Request<v1::PrecomputeRequest>,
+    ) -> Result<tonic::Response<v1::PrecomputeResponse>, Status> {
+        let wanted = request::chunks(request.into_inner(), &self.0.layout, &self.0.limits)?;
+        let computed = self.0.loader.precompute(&wanted).await.map_err(to_status)?;
+        Ok(tonic::Response::new(v1::PrecomputeResponse { computed }))
+    }
+
+    async fn describe(
+        &self,
+        _: tonic::Request<v1::DescribeRequest>,
+    ) -> Result<tonic::Response<v1::DescribeResponse>, Status> {
+        let shared = &self.0;
+        Ok(tonic::Response::new(v1::DescribeResponse {
+            model: shared.model.clone(),
+            layout: Some(shared.layout.to_proto()),
+            tokenizer: cacheclip_rpc::convert::id_bytes(&shared.tokenizer_digest),
+            anchor: shared.anchor.to_vec(),
+            max_tokens: shared.limits.max_tokens as u32,
+            policies: Policy::NAMES.map(str::to_owned).to_vec(),
+        }))
+    }
+}
+
+/// Scores as they arrived, or why there are none.
+struct Arrived {
+    set: Option<Set>,
+    unavailable: String,
+    seconds: f64,
+}
+
+impl Shared {
+    async fn answer(
+        &self,
+        request: Request,
+        inbound: Streaming<v1::WorkerRequest>,
+        received: Instant,
+        events: &mpsc::Sender<Result<v1::WorkerEvent, Status>>,
+    ) -> Result<(), Status> {
+        let full = request.policy == Policy::Full;
+        let load = async {
+            let found = if full { Ok(Vec::new()) } else { self.loader.load(&request.wanted).await };
+            (found, received.elapsed().as_secs_f64())
+        };
+        // Loading and scoring run side by side; the slower of the two is what the request waits for.
+        let ((found, load_seconds), arrived) = tokio::join!(load, self.importance(&request, inbound, received));
+        let found = found.map_err(to_status)?;
+        loader::count(&found);
+        let (rung, set) = self.rung(&request, &found, &arrived)?;
+        let generation = self.generation(&request, &found, rung, set, received);
+        let mut outcomes = self.engine.generate(generation).map_err(to_status)?;
+        let mut index = 0;
+        while let Some(event) = outcomes.recv().await {
+            let message = match event {
+                Event::Text(text) => {
+                    index += 1;
+                    let token = v1::WorkerToken { text, index: index - 1 };
+                    v1::worker_event::Event::Token(token)
+                }
+                Event::Done(outcome) => {
+                    let stages = [("load", load_seconds), ("importance", arrived.seconds)];
+                    v1::worker_event::Event::Done(self.done(&request, &found, rung, *outcome, &stages))
+                }
+                Event::Failed(error) => return Err(to_status(error)),
+            };
+            if events.send(Ok(v1::WorkerEvent { event: Some(message) })).await.is_err() {
+                // Dropping `outcomes` tells the engine to stop.
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the second message, if the policy has a use for it.
+    async fn importance(
+        &self,
+        request: &Request,
+        mut inbound: Streaming<v1::WorkerRequest>,
+        received: Instant,
+    ) -> Arrived {
+        let mut arrived = Arrived { set: None, unavailable: String::new(), seconds: 0.0 };
+        if !request.policy.needs_scores() || request.assembly.candidate_rows() == 0 {
+            return arrived;
+        }
+        let message = tokio::time::timeout(self.importance_timeout, inbound.next()).await;
+        arrived.seconds = received.elapsed().as_secs_f64();
+        match message {
+            Ok(Some(Ok(v1::WorkerRequest { request: Some(Part::Importance(importance)) }))) => {
+                arrived.unavailable = importance.unavailable;
+                if arrived.unavailable.is_empty() {
+                    arrived.set = Some(Arc::new(request::scored(importance.sets, request.assembly.chunks())));
+                }
+            }
+            Ok(Some(Ok(_))) => arrived.unavailable = "the second message carried no importance sets".into(),
+            Ok(Some(Err(status))) => arrived.unavailable = status.message().to_owned(),
+            Ok(None) => arrived.unavailable = "the request stream ended without importance sets".into(),
+            Err(_) => arrived.unavailable = "importance sets did not arrive in time".into(),
+        }
+        arrived
+    }
+
+    /// The best rung for what has arrived, with the set to use on it.
+    fn rung(&self, request: &Request, found: &[Found], arrived: &Arrived) -> Result<(Rung, Option<Set>), Status> {
+        if !request.policy.needs_scores() || request.assembly.candidate_rows() == 0 {
+            return Ok((Rung::None, None));
+        }
+        let key = request.set_key();
+        let cached = if arrived.set.is_none() { self.sets.get(&key) } else { None };
+        let ranked = found.iter().skip(1).all(|found| found.section.rank.is_some());
+        let rung = choose_rung(&request.policy, arrived.set.is_some(), cached.is_some(), ranked);
+        if let Some(set) = &arrived.set {
+            self.sets.insert(key, Arc::clone(set));
+        } else {
+            tracing::warn!(%rung, reason = arrived.unavailable, "no importance sets");
+            if request.strict {
+                return Err(unavailable(format!("strict: importance sets are missing: {}", arrived.unavailable)));
+            }
+        }
+        Ok((rung, arrived.set.clone().or(cached)))
+    }
+
+    fn generation(
+        &self,
+        request: &Request,
+        found: &[Found],
+        rung: Rung,
+        set: Option<Set>,
+        received: Instant,
+    ) -> Generation {
+        let mut start = 0;
+        let mut placed = Vec::new();
+        for found in found {
+            let kv = found.section.kv.clone();
+            start += kv.tokens();
+            placed.push(Placed { start: start - kv.tokens(), kv });
+        }
+        let ranks: Option<Vec<f32>> = found
+            .iter()
+            .skip(1)
+            .map(|found| found.section.rank.as_ref().map(|rank| rank.iter().map(|r| f32::from(*r) + 1.0)))
+            .collect::<Option<Vec<_>>>()
+            .map(|ranks| ranks.into_iter().flatten().collect());
+        Generation {
+            ids: request.ids(),
+            assembly: request.assembly.clone(),
+            placed,
+            policy: request.policy,
+            ratio: request.ratio,
+            scored: set,
+            spans: request.spans(),
+            rank: ranks,
+            fuse_rank: self.fuse_rank,
+            probe: self.probe && rung == Rung::Scorer && matches!(request.policy, Policy::CacheClip(_)),
+            rung,
+            sampling: request.sampling,
+            max_tokens: request.max_tokens,
+            stop: request.stop.clone(),
+            eos: self.eos.clone(),
+            received,
+            queued: Instant::now(),
+            deadline: None,
+        }
+    }
+
+    fn done(
+        &self,
+        request: &Request,
+        found: &[Found],
+        rung: Rung,
+        outcome: Outcome,
+        before: &[(&'static str, f64)],
+    ) -> v1::WorkerDone {
+        metrics::request(request.policy.name(), rung.to_string());
+        metrics::first_token(outcome.ttft.as_secs_f64());
+        metrics::realised(outcome.selection.realised);
+        let stages: Vec<(&'static str, f64)> = before.iter().chain(&outcome.stages).copied().collect();
+        stages.iter().for_each(|(name, seconds)| metrics::stage(name, *seconds));
+        let reason = if rung == Rung::FullPrefill { "fallback" } else { "selected" };
+        metrics::recomputed(reason, outcome.selection.rows.len());
+        report::done(request, found, rung, outcome, &stages)
+    }
+}
+
+fn to_status(error: engine::Error) -> Status {
+    match error {
+        engine::Error::Busy => exhausted("the worker's queue", RETRY),
+        engine::Error::TooLarge { .. } => Status::resource_exhausted(error.to_string()),
+        engine::Error::Stopped => unavailable(error),
+        engine::Error::Expired => Status::deadline_exceeded(error.to_string()),
+        engine::Error::Plan(error) => invalid("policy", error),
+        engine::Error::Model(cacheclip_model::Error::OutOfPages { .. }) => exhausted("KV pages", RETRY),
+        engine::Error::Model(error) => Status::internal(error.to_string()),
+    }
+}

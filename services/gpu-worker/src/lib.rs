@@ -1,0 +1,113 @@
+//! Worker: assembles chunk KV, recomputes selected rows, decodes.
+//!
+//! ```text
+//! grpc ── request (checked) ── loader ── ram │ store │ engine.canonical ──► writer (behind)
+//!   │                             ║ beside: importance sets
+//!   └── engine thread: place → (probe) → plan → recompute + question → decode
+//! ```
+
+mod engine;
+mod grpc;
+mod layout;
+mod loader;
+pub mod metrics;
+mod options;
+mod ram;
+mod report;
+mod request;
+mod writer;
+
+pub use options::Options;
+
+use anyhow::Context as _;
+use cacheclip_client::StoreClient;
+use cacheclip_kernels::page::{HeadShape, pages_for};
+use cacheclip_model::{Cpu, certificate, load};
+use cacheclip_prompt::Composer;
+use cacheclip_rpc::v1::worker_server::WorkerServer;
+use cacheclip_service::{Running, Server, seconds};
+use engine::Engine;
+use grpc::{Service, Shared};
+use layout::Layout;
+use loader::Loader;
+use quick_cache::sync::Cache;
+use ram::Ram;
+use request::Limits;
+use std::sync::Arc;
+use tonic::service::Routes;
+use writer::Writer;
+
+/// Full gRPC name of the service.
+pub const SERVICE: &str = "cacheclip.v1.Worker";
+/// Importance sets kept for repeated questions.
+const SETS: usize = 1024;
+
+/// Loads the model, proves the instance, and serves. Ready when this returns.
+///
+/// # Errors
+/// A model that cannot be loaded or proven, a budget too small for one prompt, an address in use.
+pub async fn start(options: Options) -> anyhow::Result<Running> {
+    cacheclip_service::telemetry::install_recorder();
+    metrics::describe();
+    let (source, dir) = (options.source()?, options.model_dir.clone());
+    let (loaded, composer) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
+        let loaded = load::load(&source, Cpu)?;
+        let certificate = certificate::certify(&loaded.decoder)?;
+        tracing::info!(%certificate, "instance certified");
+        Ok((loaded, Composer::from_dir(&dir)?))
+    })
+    .await?
+    .with_context(|| format!("model {}", options.model))?;
+    let config = loaded.decoder.config().clone();
+    let tokenizer_digest = composer.tokenizer().digest();
+    let layout = Arc::new(Layout::new(layout::spec(&config, loaded.weights_digest, tokenizer_digest)));
+    let anchor: Arc<[u32]> = composer.anchor()?.into();
+    let limits = Limits::new(config.vocab, config.max_positions, &options);
+    let pages = pages_within(options.page_bytes, &config);
+    anyhow::ensure!(pages > 0, "page_bytes: {} holds no page of this model", options.page_bytes);
+    let engine = Engine::start(loaded.decoder, composer.tokenizer().clone(), pages, options.queue)?;
+    let store = match &options.store {
+        Some(endpoint) => Some(StoreClient::connect(endpoint, &options.connect)?),
+        None => None,
+    };
+    let writer = store.clone().map(|store| Writer::start(store, Arc::clone(&layout), options.write_queue));
+    let loader = Loader::new(
+        Ram::new(options.ram_bytes),
+        store,
+        engine.clone(),
+        writer,
+        Arc::clone(&layout),
+        Arc::clone(&anchor),
+        seconds(options.load_timeout_seconds),
+    );
+    tracing::info!(model = options.model, layout = %layout.id, pages, "worker ready");
+    let shared = Shared {
+        engine,
+        loader,
+        layout,
+        anchor,
+        limits,
+        model: options.model,
+        tokenizer_digest,
+        eos: config.eos.clone(),
+        importance_timeout: seconds(options.importance_timeout_seconds),
+        fuse_rank: options.fuse_static_rank,
+        probe: options.probe,
+        sets: Cache::new(SETS),
+    };
+    let message_bytes = options.service.max_message_bytes;
+    let service = WorkerServer::new(Service(Arc::new(shared)))
+        .max_decoding_message_size(message_bytes)
+        .max_encoding_message_size(message_bytes);
+    let running = Server::new("gpu-worker", options.service).serve(Routes::new(service), &[SERVICE]).await?;
+    running.readiness().set(true, "");
+    Ok(running)
+}
+
+/// Pages that fit a budget, but no more than a hundred of the longest sequences could fill.
+fn pages_within(bytes: u64, config: &cacheclip_model::config::Config) -> usize {
+    let shape = HeadShape { kv_heads: config.kv_heads, head_dim: config.head_dim };
+    let page = (shape.page() * config.layers * size_of::<f32>()) as u64;
+    let most = 100 * pages_for(config.max_positions);
+    usize::try_from(bytes / page.max(1)).unwrap_or(usize::MAX).min(most)
+}

@@ -1,0 +1,244 @@
+//! Finds the KV of a request's sections: own RAM, else a store, else computed canonically, kept and written
+//! behind. Hits and misses give the same KV, so they give the same answer.
+
+use crate::engine::{Canonical, Engine};
+use crate::layout::Layout;
+use crate::metrics;
+use crate::ram::{Ram, Section};
+use crate::writer::Writer;
+use cacheclip_chunk::{ByteSpan, ChunkKey};
+use cacheclip_client::{Item, StoreClient};
+use cacheclip_model::kv::{ChunkKv, LayerKv};
+use cacheclip_rpc::v1::{MissReason, Tier};
+use futures::StreamExt as _;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A section to find.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Content key.
+    pub key: ChunkKey,
+    /// Token ids, for the case that it must be computed.
+    pub ids: Vec<u32>,
+    /// Byte spans of the tokens, stored beside the KV.
+    pub spans: Vec<ByteSpan>,
+    /// Whether it is encoded behind the anchor (chunks) or starts the prompt itself (prefixes).
+    pub anchored: bool,
+}
+
+/// A section that was found or computed.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Its KV.
+    pub section: Section,
+    /// Where it was.
+    pub tier: Tier,
+    /// Why it was in no cache.
+    pub reason: Option<MissReason>,
+}
+
+/// Finds sections. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Loader {
+    ram: Ram,
+    store: Option<StoreClient>,
+    engine: Engine,
+    writer: Option<Writer>,
+    layout: Arc<Layout>,
+    anchor: Arc<[u32]>,
+    timeout: Duration,
+}
+
+impl Loader {
+    /// Looks in `ram`, then in `store`, then asks `engine`; what was computed goes to `writer`.
+    pub fn new(
+        ram: Ram,
+        store: Option<StoreClient>,
+        engine: Engine,
+        writer: Option<Writer>,
+        layout: Arc<Layout>,
+        anchor: Arc<[u32]>,
+        timeout: Duration,
+    ) -> Self {
+        Self { ram, store, engine, writer, layout, anchor, timeout }
+    }
+
+    /// All sections, in order; the same key twice is found once.
+    ///
+    /// # Errors
+    /// Only what keeps a section from being computed.
+    pub async fn load(&self, wanted: &[Wanted]) -> Result<Vec<Found>, crate::engine::Error> {
+        let mut found: HashMap<ChunkKey, Found> = HashMap::new();
+        let mut missing: Vec<&Wanted> = Vec::new();
+        let mut seen = HashSet::new();
+        for want in wanted.iter().filter(|want| seen.insert(want.key)) {
+            match self.ram.get(&want.key).filter(|section| section.kv.tokens() == want.ids.len()) {
+                Some(section) => {
+                    found.insert(want.key, Found { section, tier: Tier::WorkerRam, reason: None });
+                }
+                None => missing.push(want),
+            }
+        }
+        let mut reasons = HashMap::new();
+        if let Some(store) = self.store.as_ref().filter(|_| !missing.is_empty()) {
+            reasons = self.fetch(store, &missing, &mut found).await;
+        }
+        for want in missing.iter().filter(|want| !found.contains_key(&want.key)).collect::<Vec<_>>() {
+            let reason = reasons.get(&want.key).copied().unwrap_or(MissReason::NeverSeen);
+            let section = self.compute(want).await?;
+            found.insert(want.key, Found { section, tier: Tier::Computed, reason: Some(reason) });
+        }
+        Ok(wanted.iter().map(|want| found[&want.key].clone()).collect())
+    }
+
+    /// Makes sure the sections are stored; true for those that had to be computed. Ends when the store has
+    /// acknowledged them (or refused: a full store is no error).
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub async fn precompute(&self, wanted: &[Wanted]) -> Result<Vec<bool>, crate::engine::Error> {
+        let keys: Vec<ChunkKey> = wanted.iter().map(|want| want.key).collect();
+        let stored = match &self.store {
+            Some(store) => store.lookup(self.layout.id, &keys).await.iter().map(|entry| entry.found).collect(),
+            None => keys.iter().map(|key| self.ram.get(key).is_some()).collect::<Vec<_>>(),
+        };
+        let mut computed = Vec::with_capacity(wanted.len());
+        for (index, (want, stored)) in wanted.iter().zip(stored).enumerate() {
+            let earlier = keys[..index].contains(&want.key);
+            computed.push(!stored && !earlier);
+            if stored || earlier {
+                continue;
+            }
+            let canonical = self.canonical(want).await?;
+            if let Some(writer) = &self.writer {
+                writer.write(want.key, want.spans.clone(), canonical).await;
+            }
+        }
+        Ok(computed)
+    }
+
+    async fn compute(&self, want: &Wanted) -> Result<Section, crate::engine::Error> {
+        let canonical = self.canonical(want).await?;
+        let section = Section {
+            kv: canonical.kv.clone(),
+            rank: Some(canonical.rank.clone().into()),
+            container_bytes: 0,
+        };
+        if let Some(writer) = &self.writer {
+            writer.write_behind(want.key, want.spans.clone(), canonical);
+        }
+        Ok(section)
+    }
+
+    /// Computes a section and keeps it in RAM.
+    async fn canonical(&self, want: &Wanted) -> Result<Canonical, crate::engine::Error> {
+        let behind = if want.anchored { Arc::clone(&self.anchor) } else { Arc::from([]) };
+        let canonical = self.engine.canonical(behind, want.ids.clone()).await?;
+        let section = Section {
+            kv: canonical.kv.clone(),
+            rank: Some(canonical.rank.clone().into()),
+            container_bytes: 0,
+        };
+        self.ram.insert(want.key, section);
+        Ok(canonical)
+    }
+
+    /// Fetches from the store what it has; returns why the rest was not there.
+    async fn fetch(
+        &self,
+        store: &StoreClient,
+        missing: &[&Wanted],
+        found: &mut HashMap<ChunkKey, Found>,
+    ) -> HashMap<ChunkKey, MissReason> {
+        let keys: Vec<ChunkKey> = missing.iter().map(|want| want.key).collect();
+        let mut partial: Vec<Partial> = (0..keys.len()).map(|_| Partial::default()).collect();
+        let mut reasons = HashMap::new();
+        let stream = store.get_layers(self.layout.id, &keys, 0..self.layout.spec.shape.layers);
+        let collect = async {
+            let mut stream = std::pin::pin!(stream);
+            while let Some(item) = stream.next().await {
+                match item {
+                    Item::Missing { chunk, reason } => {
+                        reasons.insert(keys[chunk], reason);
+                    }
+                    item => {
+                        let chunk = item.chunk();
+                        partial[chunk].take(item, missing[chunk]);
+                    }
+                }
+            }
+        };
+        let complete = tokio::time::timeout(self.timeout, collect).await.is_ok();
+        for (want, partial) in missing.iter().zip(partial) {
+            if reasons.contains_key(&want.key) {
+                continue;
+            }
+            match partial.finish(self.layout.spec.shape.layers as usize) {
+                Some((section, tier)) => {
+                    self.ram.insert(want.key, section.clone());
+                    found.insert(want.key, Found { section, tier, reason: None });
+                }
+                None => {
+                    let reason = if complete { MissReason::Corrupt } else { MissReason::Timeout };
+                    reasons.insert(want.key, reason);
+                }
+            }
+        }
+        for reason in reasons.values() {
+            tracing::debug!(reason = reason.label(), "chunk not served by the store");
+        }
+        reasons
+    }
+}
+
+/// What has arrived of one chunk.
+#[derive(Debug, Default)]
+struct Partial {
+    tier: Tier,
+    bytes: u64,
+    fits: bool,
+    layers: Vec<LayerKv>,
+    rank: Option<Arc<[u8]>>,
+}
+
+impl Partial {
+    fn take(&mut self, item: Item, want: &Wanted) {
+        match item {
+            Item::Head { head, tier, .. } => {
+                self.fits = head.tokens() as usize == want.ids.len();
+                self.bytes = head.container_len();
+                self.tier = tier;
+            }
+            Item::Layer(layer) if layer.layer as usize == self.layers.len() => {
+                let data = bytemuck_floats(&layer.data);
+                self.layers.push(LayerKv { data, tokens: want.ids.len() });
+            }
+            Item::Rank { version, ranks, .. } if version == crate::engine::RANK_VERSION => {
+                self.rank = Some(ranks.into()).filter(|ranks: &Arc<[u8]>| ranks.len() == want.ids.len());
+            }
+            _ => {}
+        }
+    }
+
+    fn finish(self, layers: usize) -> Option<(Section, Tier)> {
+        let complete = self.fits && self.layers.len() == layers;
+        let section =
+            Section { kv: ChunkKv::new(self.layers), rank: self.rank, container_bytes: self.bytes };
+        complete.then_some((section, self.tier))
+    }
+}
+
+/// Little-endian bytes of a layer as values. Bytes of a network buffer need not be aligned for `f32`.
+fn bytemuck_floats(bytes: &[u8]) -> Vec<f32> {
+    let (words, _) = bytes.as_chunks::<4>();
+    words.iter().map(|word| f32::from_le_bytes(*word)).collect()
+}
+
+/// Counts what was found, once per chunk of the request.
+pub(crate) fn count(found: &[Found]) {
+    for found in found {
+        metrics::lookup(found.tier, found.reason);
+    }
+}

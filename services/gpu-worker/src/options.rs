@@ -1,0 +1,83 @@
+//! What a worker can be told from outside.
+
+use cacheclip_model::config::Config;
+use cacheclip_model::load::Source;
+use cacheclip_service::ConnectOptions;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A worker's configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// Listening addresses and limits.
+    pub service: cacheclip_service::Options,
+    /// Name that requests choose the model by.
+    pub model: String,
+    /// Directory of the model: `config.json`, `*.safetensors`, `tokenizer.json`, `prompt.json`.
+    pub model_dir: PathBuf,
+    /// Random weights of a named shape instead of the directory's (the tokenizer still comes from there):
+    /// right for time and bytes, meaningless as text. Shapes: `smollm2-135m`.
+    pub random_shape: Option<String>,
+    /// Cache store to fetch from and publish to; absent: the worker's own RAM is the only cache.
+    pub store: Option<String>,
+    /// How the store is dialled.
+    pub connect: ConnectOptions,
+    /// Bytes of decoded chunk KV kept in RAM.
+    pub ram_bytes: u64,
+    /// Bytes of paged KV for running sequences.
+    pub page_bytes: u64,
+    /// Longest prompt plus answer in tokens; 0: what the model allows.
+    pub max_tokens: usize,
+    /// Tokens generated when a request names no limit.
+    pub default_answer_tokens: usize,
+    /// Jobs that may wait for the engine.
+    pub queue: usize,
+    /// Longest wait for importance sets before the next rung of the ladder.
+    pub importance_timeout_seconds: f64,
+    /// Longest wait for a chunk's layers before it is computed instead.
+    pub load_timeout_seconds: f64,
+    /// Chunks that may wait to be written to the store; one more is not stored.
+    pub write_queue: usize,
+    /// Fuse the static rank of ingest with the scorer's order.
+    pub fuse_static_rank: bool,
+    /// Fuse the primary's own question attention on the stale cache.
+    pub probe: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            service: cacheclip_service::Options::default(),
+            model: "tiny".into(),
+            model_dir: "models/tiny/primary".into(),
+            random_shape: None,
+            store: None,
+            connect: ConnectOptions::default(),
+            ram_bytes: 1 << 30,
+            page_bytes: 512 << 20,
+            max_tokens: 0,
+            default_answer_tokens: 64,
+            queue: 64,
+            importance_timeout_seconds: 5.0,
+            load_timeout_seconds: 10.0,
+            write_queue: 64,
+            fuse_static_rank: false,
+            probe: false,
+        }
+    }
+}
+
+impl Options {
+    /// Where the weights come from.
+    ///
+    /// # Errors
+    /// An unknown random shape.
+    pub fn source(&self) -> anyhow::Result<Source> {
+        match self.random_shape.as_deref() {
+            None => Ok(Source::Dir(self.model_dir.clone())),
+            Some("smollm2-135m") => Ok(Source::Random { config: Config::smollm2_135m(), seed: 1 }),
+            Some(other) => anyhow::bail!("random_shape: unknown shape {other:?}; known: smollm2-135m"),
+        }
+    }
+}

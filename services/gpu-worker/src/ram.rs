@@ -1,0 +1,51 @@
+//! The worker's own tier: decoded, verified chunk KV in RAM under a byte cap.
+
+use cacheclip_chunk::ChunkKey;
+use cacheclip_model::kv::ChunkKv;
+use quick_cache::Weighter;
+use quick_cache::sync::Cache;
+use std::sync::Arc;
+
+/// A section's KV as the worker keeps it.
+#[derive(Clone, Debug)]
+pub struct Section {
+    /// Position-free KV.
+    pub kv: ChunkKv,
+    /// Static rank per token, where one of the current version is known.
+    pub rank: Option<Arc<[u8]>>,
+    /// Size of its container; 0 while it was never encoded.
+    pub container_bytes: u64,
+}
+
+#[derive(Clone, Debug)]
+struct ByBytes;
+
+impl Weighter<ChunkKey, Section> for ByBytes {
+    fn weight(&self, _: &ChunkKey, section: &Section) -> u64 {
+        crate::engine::weight(&section.kv) + section.rank.as_ref().map_or(0, |rank| rank.len() as u64) + 128
+    }
+}
+
+/// Sections by key; eviction resists scans. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Ram(Arc<Cache<ChunkKey, Section, ByBytes>>);
+
+impl Ram {
+    /// Keeps at most `bytes`.
+    pub fn new(bytes: u64) -> Self {
+        // The estimate sizes bookkeeping only: a megabyte per section.
+        let sections = usize::try_from(bytes >> 20).unwrap_or(usize::MAX).clamp(64, 1 << 20);
+        Self(Arc::new(Cache::with_weighter(sections, bytes, ByBytes)))
+    }
+
+    /// A section, if it is here.
+    pub fn get(&self, key: &ChunkKey) -> Option<Section> {
+        self.0.get(key)
+    }
+
+    /// Keeps a section, evicting others; a section larger than the tier is not kept.
+    pub fn insert(&self, key: ChunkKey, section: Section) {
+        self.0.insert(key, section);
+        crate::metrics::ram(self.0.weight());
+    }
+}
