@@ -1,5 +1,6 @@
 //! Generated protocol code, conversions and the mapping of errors to gRPC status.
 
+pub mod convert;
 pub mod status;
 
 /// Messages, clients and servers of `cacheclip.v1`, as generated from `proto/`.
