@@ -1,0 +1,32 @@
+//! Why a store does not start.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a store does not start; one line that says what to change.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The data directory cannot be made, read or written.
+    #[error("data_dir {}: {source}; choose a directory this process may write", .path.display())]
+    DataDir {
+        /// The directory, or what in it.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Another store has the directory.
+    #[error("data_dir {}: in use by another cache-store; give each its own", .path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The index can neither be opened nor made anew.
+    #[error("index {}: {reason}; remove the file, it is rebuilt", .path.display())]
+    Index {
+        /// Its file.
+        path: PathBuf,
+        /// What the database said.
+        reason: String,
+    },
+}

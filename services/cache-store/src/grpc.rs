@@ -1,0 +1,344 @@
+//! The gRPC surface: checks requests, streams frames, keeps blocking work off the async threads.
+
+use crate::core::Core;
+use crate::metrics;
+use crate::options::Options;
+use crate::ram::Resident;
+use crate::read::{Opened, wanted};
+use crate::upload::{Announced, Failed, Outcome};
+use bytes::Bytes;
+use cacheclip_chunk::container::head::HEADER_LEN;
+use cacheclip_chunk::{ChunkKey, LayoutId};
+use cacheclip_rpc::convert::{id, id_bytes};
+use cacheclip_rpc::status::{invalid, unavailable};
+use cacheclip_rpc::v1::cache_server::Cache;
+use cacheclip_rpc::v1::{
+    DeleteRequest, DeleteResponse, Entry, GetLayersRequest, GetRequest, KvFrame, LookupRequest,
+    LookupResponse, MissReason, PutFrame, PutResponse, Segment, StatRequest, StatResponse, Tier, kv_frame,
+    put_frame, put_response,
+};
+use cacheclip_service::seconds;
+use futures::{StreamExt as _, stream};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Bytes of one frame of KV.
+const FRAME: usize = 512 << 10;
+/// Frames that wait for a client; they are slices of segments, not copies.
+const FRAMES_AHEAD: usize = 8;
+/// Frames that wait to be written to disk.
+const PUT_FRAMES_AHEAD: usize = 4;
+/// Most keys of one request.
+const MOST_KEYS: usize = 4096;
+
+type Frames = mpsc::Sender<Result<KvFrame, Status>>;
+
+/// The tonic service. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Service {
+    core: Arc<Core>,
+    puts: Arc<Semaphore>,
+    max_object_bytes: u64,
+    read_ahead: usize,
+    stall: Duration,
+}
+
+impl Service {
+    pub(crate) fn new(core: Arc<Core>, options: &Options) -> Self {
+        Self {
+            core,
+            puts: Arc::new(Semaphore::new(options.concurrent_puts.clamp(1, Semaphore::MAX_PERMITS))),
+            max_object_bytes: options.max_object_bytes,
+            read_ahead: options.read_ahead.max(1),
+            stall: seconds(options.stall_seconds),
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Core) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        let core = Arc::clone(&self.core);
+        tokio::task::spawn_blocking(move || work(&core)).await.map_err(unavailable)
+    }
+
+    /// Runs `send` with a bounded channel to the client until it is done or the client is gone.
+    fn stream<F: Future<Output = Option<()>> + Send + 'static>(
+        self,
+        send: impl FnOnce(Self, Frames) -> F,
+    ) -> Response<ReceiverStream<Result<KvFrame, Status>>> {
+        let (frames, answer) = mpsc::channel(FRAMES_AHEAD);
+        let gone = frames.clone();
+        let sending = send(self, frames);
+        tokio::spawn(async move {
+            let started = Instant::now();
+            tokio::select! {
+                _ = sending => {}
+                () = gone.closed() => {}
+            }
+            metrics::get(started.elapsed().as_secs_f64());
+        });
+        Response::new(ReceiverStream::new(answer))
+    }
+
+    /// Sends a frame; None where the client is gone or takes nothing for too long.
+    async fn send(&self, frames: &Frames, chunk: usize, frame: kv_frame::Frame, tier: Tier) -> Option<()> {
+        let frame = KvFrame { chunk: chunk as u32, frame: Some(frame), tier: tier.into() };
+        match tokio::time::timeout(self.stall, frames.send(Ok(frame))).await {
+            Ok(sent) => sent.ok(),
+            Err(_) => {
+                tracing::debug!(chunk, "a client takes no frames: its read is given up");
+                None
+            }
+        }
+    }
+
+    async fn send_missing(&self, frames: &Frames, chunk: usize, reason: MissReason) -> Option<()> {
+        self.send(frames, chunk, kv_frame::Frame::Missing(reason.into()), Tier::Unspecified).await
+    }
+
+    async fn open_object(
+        &self,
+        layout: LayoutId,
+        key: ChunkKey,
+        range: Range<u32>,
+    ) -> Result<Opened, MissReason> {
+        let opened = self.blocking(move |core| core.open_object(layout, &key, &range)).await;
+        opened.unwrap_or(Err(MissReason::Unavailable))
+    }
+
+    async fn read(&self, object: Arc<Resident>, index: usize) -> Result<Bytes, MissReason> {
+        if let Some(stored) = object.segment(index) {
+            return Ok(stored);
+        }
+        let read = self.blocking(move |core| core.segment(&object, index)).await;
+        read.unwrap_or(Err(MissReason::Unavailable))
+    }
+
+    /// Heads of all chunks, then their spans and ranks, then layer by layer.
+    async fn send_layers(
+        self,
+        layout: LayoutId,
+        keys: Vec<ChunkKey>,
+        range: Range<u32>,
+        frames: Frames,
+    ) -> Option<()> {
+        let mut objects = Vec::with_capacity(keys.len());
+        {
+            let opening = keys.into_iter().map(|key| self.open_object(layout, key, range.clone()));
+            let mut opened = stream::iter(opening).buffered(self.read_ahead).enumerate();
+            while let Some((chunk, opened)) = opened.next().await {
+                match opened {
+                    Ok(Opened { object, tier }) => {
+                        let head = kv_frame::Frame::Head(object.head.bytes().clone());
+                        self.send(&frames, chunk, head, tier).await?;
+                        objects.push(Some(object));
+                    }
+                    Err(reason) => {
+                        self.send_missing(&frames, chunk, reason).await?;
+                        objects.push(None);
+                    }
+                }
+            }
+        }
+        let plans: Vec<Vec<usize>> = objects
+            .iter()
+            .map(|object| object.as_ref().map_or_else(Vec::new, |object| wanted(&object.head, &range)))
+            .collect();
+        let steps = plans.iter().map(Vec::len).max().unwrap_or_default();
+        // Plans end with the same layers but may begin with none, one or two extras: aligned by their ends.
+        let order: Vec<(usize, usize, Arc<Resident>)> = (0..steps)
+            .flat_map(|step| plans.iter().enumerate().map(move |(chunk, plan)| (step, chunk, plan)))
+            .filter_map(|(step, chunk, plan)| {
+                let index = plan.get((step + plan.len()).checked_sub(steps)?)?;
+                Some((chunk, *index, Arc::clone(objects[chunk].as_ref()?)))
+            })
+            .collect();
+        let reading = order.into_iter().map(|(chunk, index, object)| {
+            let read = self.read(object, index);
+            async move { (chunk, index, read.await) }
+        });
+        let mut segments = stream::iter(reading).buffered(self.read_ahead);
+        while let Some((chunk, index, stored)) = segments.next().await {
+            match stored {
+                _ if objects[chunk].is_none() => {}
+                Ok(stored) => {
+                    metrics::sent(stored.len());
+                    for offset in (0..stored.len()).step_by(FRAME) {
+                        let data = stored.slice(offset..stored.len().min(offset + FRAME));
+                        let segment = Segment { index: index as u32, offset: offset as u64, data };
+                        let frame = kv_frame::Frame::Segment(segment);
+                        self.send(&frames, chunk, frame, Tier::Unspecified).await?;
+                    }
+                }
+                Err(reason) => {
+                    objects[chunk] = None;
+                    self.send_missing(&frames, chunk, reason).await?;
+                }
+            }
+        }
+        Some(())
+    }
+
+    /// A container, byte for byte: head and segments, and the zeros between them.
+    async fn send_container(self, layout: LayoutId, key: ChunkKey, frames: Frames) -> Option<()> {
+        let object = match self.open_object(layout, key, 0..0).await {
+            Ok(opened) => opened.object,
+            Err(reason) => return self.send_missing(&frames, 0, reason).await,
+        };
+        let head = object.head.bytes().clone();
+        let mut end = head.len() as u64;
+        self.send(&frames, 0, kv_frame::Frame::Data(head), Tier::Unspecified).await?;
+        for (index, entry) in object.head.segments().iter().enumerate() {
+            let stored = match self.read(Arc::clone(&object), index).await {
+                Ok(stored) => stored,
+                Err(reason) => return self.send_missing(&frames, 0, reason).await,
+            };
+            let padding = Bytes::from(vec![0; (entry.offset - end) as usize]);
+            end = entry.offset + entry.stored_len;
+            metrics::sent(padding.len() + stored.len());
+            let parts =
+                (0..stored.len()).step_by(FRAME).map(|at| stored.slice(at..stored.len().min(at + FRAME)));
+            for data in std::iter::once(padding).chain(parts).filter(|data| !data.is_empty()) {
+                self.send(&frames, 0, kv_frame::Frame::Data(data), Tier::Unspecified).await?;
+            }
+        }
+        Some(())
+    }
+
+    async fn receive(&self, mut frames: Streaming<PutFrame>) -> Result<Outcome, Status> {
+        let first = self.next(&mut frames).await?.and_then(|frame| frame.frame);
+        let Some(put_frame::Frame::Head(head)) = first else {
+            return Err(invalid("head", "the first frame must announce layout, key and bytes"));
+        };
+        let announced = Announced {
+            layout: id("head.layout", &head.layout)?,
+            key: id("head.key", &head.key)?,
+            bytes: head.bytes,
+        };
+        if !(HEADER_LEN as u64..=self.max_object_bytes).contains(&head.bytes) {
+            let why = format!("is {}, must be {HEADER_LEN} to {}", head.bytes, self.max_object_bytes);
+            return Err(invalid("head.bytes", why));
+        }
+        let _turn = self.puts.acquire().await.map_err(unavailable)?;
+        let (queue, received) = mpsc::channel(PUT_FRAMES_AHEAD);
+        let core = Arc::clone(&self.core);
+        let mut writing = tokio::task::spawn_blocking(move || core.receive(announced, received));
+        let mut queue = Some(queue);
+        let mut bytes = 0u64;
+        // Also reads on when the outcome is known, so that the writer hears it instead of a broken stream.
+        while let Some(frame) = self.next(&mut frames).await? {
+            let Some(put_frame::Frame::Data(data)) = frame.frame else {
+                return Err(invalid("frame", "only data may follow the head"));
+            };
+            bytes = bytes.saturating_add(data.len() as u64);
+            if bytes > announced.bytes {
+                return Err(invalid("data", format!("more than the {} bytes announced", announced.bytes)));
+            }
+            if let Some(waiting) = &queue
+                && waiting.send(data).await.is_err()
+            {
+                queue = None;
+            }
+        }
+        drop(queue);
+        match (&mut writing).await.map_err(unavailable)? {
+            Ok(outcome) => Ok(outcome),
+            Err(Failed::Invalid(field, why)) => Err(invalid(field, why)),
+            Err(failed @ Failed::Io(_)) => {
+                tracing::error!(key = %announced.key, error = %failed, "put failed");
+                Err(unavailable(failed))
+            }
+        }
+    }
+
+    async fn next(&self, frames: &mut Streaming<PutFrame>) -> Result<Option<PutFrame>, Status> {
+        match tokio::time::timeout(self.stall, frames.message()).await {
+            Ok(frame) => frame,
+            Err(_) => Err(Status::deadline_exceeded("no frame came for too long; put again")),
+        }
+    }
+}
+
+fn keys(fields: &[Bytes]) -> Result<Vec<ChunkKey>, Status> {
+    if fields.len() > MOST_KEYS {
+        return Err(invalid("keys", format!("has {}, at most {MOST_KEYS} per request", fields.len())));
+    }
+    fields.iter().enumerate().map(|(at, bytes)| id(&format!("keys[{at}]"), bytes)).collect()
+}
+
+#[tonic::async_trait]
+impl Cache for Service {
+    type GetLayersStream = ReceiverStream<Result<KvFrame, Status>>;
+    type GetStream = ReceiverStream<Result<KvFrame, Status>>;
+
+    async fn lookup(&self, request: Request<LookupRequest>) -> Result<Response<LookupResponse>, Status> {
+        let request = request.into_inner();
+        let (layout, keys) = (id("layout", &request.layout)?, keys(&request.keys)?);
+        let entry = |key: &ChunkKey| match self.core.locate(layout, key) {
+            Ok((record, tier)) => Entry {
+                found: true,
+                container_hash: id_bytes(record.hash.as_bytes()),
+                bytes: record.bytes,
+                tier: tier.into(),
+                reason: 0,
+            },
+            Err(reason) => Entry { reason: reason.into(), ..Entry::default() },
+        };
+        Ok(Response::new(LookupResponse { entries: keys.iter().map(entry).collect() }))
+    }
+
+    async fn get_layers(
+        &self,
+        request: Request<GetLayersRequest>,
+    ) -> Result<Response<Self::GetLayersStream>, Status> {
+        let request = request.into_inner();
+        let (layout, keys) = (id("layout", &request.layout)?, keys(&request.keys)?);
+        let range = request.first_layer..request.end_layer;
+        if range.end != 0 && range.is_empty() {
+            return Err(invalid(
+                "first_layer",
+                format!("is {}, must be below end_layer {}", range.start, range.end),
+            ));
+        }
+        Ok(self.clone().stream(|service, frames| service.send_layers(layout, keys, range, frames)))
+    }
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<Self::GetStream>, Status> {
+        let request = request.into_inner();
+        let (layout, key) = (id("layout", &request.layout)?, id("key", &request.key)?);
+        Ok(self.clone().stream(|service, frames| service.send_container(layout, key, frames)))
+    }
+
+    async fn put(&self, request: Request<Streaming<PutFrame>>) -> Result<Response<PutResponse>, Status> {
+        let started = Instant::now();
+        let outcome = self.receive(request.into_inner()).await;
+        let (label, answer) = match outcome {
+            Ok(Outcome::Stored(hash)) => ("stored", Ok((put_response::Outcome::Stored, Some(hash)))),
+            Ok(Outcome::Existed(hash)) => ("existed", Ok((put_response::Outcome::Existed, Some(hash)))),
+            Ok(Outcome::NoRoom) => ("no_room", Ok((put_response::Outcome::NoRoom, None))),
+            Err(status) => ("failed", Err(status)),
+        };
+        metrics::put(label, started.elapsed().as_secs_f64());
+        let (outcome, hash) = answer?;
+        let container_hash = hash.map_or_else(Bytes::new, |hash| id_bytes(hash.as_bytes()));
+        Ok(Response::new(PutResponse { outcome: outcome.into(), container_hash }))
+    }
+
+    async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {
+        let request = request.into_inner();
+        let (layout, keys) = (id("layout", &request.layout)?, keys(&request.keys)?);
+        let deleted = self.blocking(move |core| core.delete(layout, &keys)).await?;
+        let (objects, bytes) =
+            deleted.map_err(|error| unavailable(format!("delete is not complete: {error}")))?;
+        Ok(Response::new(DeleteResponse { objects, bytes }))
+    }
+
+    async fn stat(&self, _: Request<StatRequest>) -> Result<Response<StatResponse>, Status> {
+        Ok(Response::new(self.core.stat()))
+    }
+}

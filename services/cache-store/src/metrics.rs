@@ -1,0 +1,95 @@
+//! Metrics of the store: every name, label and meaning in one place.
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+const REQUESTED: &str = "cacheclip_store_requested_chunks_total";
+const HIT: &str = "cacheclip_store_hit_chunks_total";
+const OBJECTS: &str = "cacheclip_store_objects";
+const USED: &str = "cacheclip_store_used_bytes";
+const CAPACITY: &str = "cacheclip_store_capacity_bytes";
+const EVICTIONS: &str = "cacheclip_store_evictions_total";
+const VERIFY_FAILURES: &str = "cacheclip_store_verify_failures_total";
+const QUARANTINED: &str = "cacheclip_store_quarantined_total";
+const PUTS: &str = "cacheclip_store_puts_total";
+const PUT_SECONDS: &str = "cacheclip_store_put_seconds";
+const GET_SECONDS: &str = "cacheclip_store_get_seconds";
+const SENT: &str = "cacheclip_store_sent_bytes_total";
+
+/// Registers descriptions and the zero values of series that may never move.
+pub fn describe() {
+    describe_counter!(REQUESTED, "Chunks asked for by reads (lookups are probes and do not count)");
+    describe_counter!(HIT, "Chunks that reads were served, by tier");
+    describe_gauge!(OBJECTS, "Containers on disk");
+    describe_gauge!(USED, Unit::Bytes, "Bytes of containers, by tier");
+    describe_gauge!(CAPACITY, Unit::Bytes, "Most bytes of containers, by tier");
+    describe_counter!(EVICTIONS, "Containers removed to make room, by tier and reason");
+    describe_counter!(
+        VERIFY_FAILURES,
+        "Containers that were not what they should be, by where that was seen"
+    );
+    describe_counter!(QUARANTINED, "Damaged containers set aside");
+    describe_counter!(PUTS, "Puts by outcome");
+    describe_histogram!(PUT_SECONDS, Unit::Seconds, "One put");
+    describe_histogram!(
+        GET_SECONDS,
+        Unit::Seconds,
+        "One read of layers or of a container, to its last frame"
+    );
+    describe_counter!(SENT, Unit::Bytes, "Bytes of containers sent");
+    for tier in [RAM, DISK] {
+        counter!(HIT, "tier" => tier).increment(0);
+    }
+    for place in ["put", "disk", "start"] {
+        counter!(VERIFY_FAILURES, "where" => place).increment(0);
+    }
+    counter!(QUARANTINED).increment(0);
+}
+
+pub(crate) const RAM: &str = "ram";
+pub(crate) const DISK: &str = "disk";
+
+pub(crate) fn requested() {
+    counter!(REQUESTED).increment(1);
+}
+
+pub(crate) fn hit(tier: &'static str) {
+    counter!(HIT, "tier" => tier).increment(1);
+}
+
+pub(crate) fn capacity(tier: &'static str, bytes: u64) {
+    gauge!(CAPACITY, "tier" => tier).set(bytes as f64);
+}
+
+pub(crate) fn used(tier: &'static str, bytes: u64) {
+    gauge!(USED, "tier" => tier).set(bytes as f64);
+}
+
+pub(crate) fn objects(count: usize) {
+    gauge!(OBJECTS).set(count as f64);
+}
+
+pub(crate) fn evicted(tier: &'static str, reason: &'static str) {
+    counter!(EVICTIONS, "tier" => tier, "reason" => reason).increment(1);
+}
+
+/// `place` is put, disk or start.
+pub(crate) fn verify_failed(place: &'static str) {
+    counter!(VERIFY_FAILURES, "where" => place).increment(1);
+}
+
+pub(crate) fn quarantined() {
+    counter!(QUARANTINED).increment(1);
+}
+
+pub(crate) fn put(outcome: &'static str, seconds: f64) {
+    counter!(PUTS, "outcome" => outcome).increment(1);
+    histogram!(PUT_SECONDS).record(seconds);
+}
+
+pub(crate) fn get(seconds: f64) {
+    histogram!(GET_SECONDS).record(seconds);
+}
+
+pub(crate) fn sent(bytes: usize) {
+    counter!(SENT).increment(bytes as u64);
+}

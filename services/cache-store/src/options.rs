@@ -1,0 +1,42 @@
+//! What a store can be told from outside.
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A store's configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// Listening addresses and limits.
+    pub service: cacheclip_service::Options,
+    /// Directory of the containers, made if absent; one store at a time may use it.
+    pub data_dir: PathBuf,
+    /// Most bytes of containers on disk, unfinished and quarantined ones included. Keep it below the volume's
+    /// size: the index beside them needs some 200 bytes per container.
+    pub disk_bytes: u64,
+    /// Most bytes of containers in RAM. Reads in flight hold up to `read_ahead` segments each beside it.
+    pub ram_bytes: u64,
+    /// Largest container that is taken; more is an error of the request.
+    pub max_object_bytes: u64,
+    /// Containers received at the same time; each holds one segment in memory.
+    pub concurrent_puts: usize,
+    /// Segments that one request reads ahead of its client.
+    pub read_ahead: usize,
+    /// Longest time a client may take no frame, or bring none, before its request is given up.
+    pub stall_seconds: f64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            service: cacheclip_service::Options::default(),
+            data_dir: "data/cache-store".into(),
+            disk_bytes: 16 << 30,
+            ram_bytes: 1 << 30,
+            max_object_bytes: 4 << 30,
+            concurrent_puts: 4,
+            read_ahead: 4,
+            stall_seconds: 30.0,
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The RAM tier: verified segments of the objects that are read again.
+//!
+//! Scan-resistant by three queues (as in S3-FIFO): what is new waits in a small queue and leaves it unseen if
+//! nobody asks again; what was asked for again, or comes back soon after it left, goes to the main queue. A sweep
+//! over many chunks thus passes through the small queue and leaves the main one alone.
+
+use crate::metrics;
+use bytes::Bytes;
+use cacheclip_chunk::{ChunkKey, Head};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, OnceLock};
+
+/// Share of the capacity that new objects may fill.
+const SMALL_PERCENT: u64 = 10;
+/// Uses that are counted; more add nothing.
+const MOST_USES: u8 = 3;
+/// Keys remembered after they left the small queue.
+const GHOSTS: usize = 4096;
+
+/// An object with those of its segments that have been read; each is verified once, when it is read.
+#[derive(Debug)]
+pub(crate) struct Resident {
+    pub(crate) head: Head,
+    segments: Box<[OnceLock<Bytes>]>,
+}
+
+impl Resident {
+    pub(crate) fn new(head: Head) -> Self {
+        let segments = head.segments().iter().map(|_| OnceLock::new()).collect();
+        Self { head, segments }
+    }
+
+    /// A segment's verified stored bytes, if it has been read.
+    pub(crate) fn segment(&self, index: usize) -> Option<Bytes> {
+        self.segments.get(index)?.get().cloned()
+    }
+
+    /// Keeps a segment's verified bytes.
+    pub(crate) fn fill(&self, index: usize, stored: Bytes) {
+        if let Some(slot) = self.segments.get(index) {
+            // Another reader may have been first, with the same bytes.
+            let _ = slot.set(stored);
+        }
+    }
+
+    /// Whether all of these segments have been read.
+    pub(crate) fn has(&self, mut segments: impl Iterator<Item = usize>) -> bool {
+        segments.all(|index| self.segments.get(index).is_some_and(|slot| slot.get().is_some()))
+    }
+
+    /// What it is charged: its whole container, though segments come one by one.
+    fn bytes(&self) -> u64 {
+        self.head.container_len()
+    }
+}
+
+#[derive(Debug)]
+struct Entry {
+    object: Arc<Resident>,
+    uses: u8,
+    in_main: bool,
+}
+
+/// Objects within a byte budget.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    entries: HashMap<ChunkKey, Entry>,
+    small: VecDeque<ChunkKey>,
+    main: VecDeque<ChunkKey>,
+    ghosts: VecDeque<ChunkKey>,
+    known_ghosts: HashSet<ChunkKey>,
+    used: u64,
+    small_used: u64,
+    capacity: u64,
+}
+
+impl Ram {
+    pub(crate) fn new(capacity: u64) -> Self {
+        Self {
+            entries: HashMap::new(),
+            small: VecDeque::new(),
+            main: VecDeque::new(),
+            ghosts: VecDeque::new(),
+            known_ghosts: HashSet::new(),
+            used: 0,
+            small_used: 0,
+            capacity,
+        }
+    }
+
+    /// The object, which thereby counts as used.
+    pub(crate) fn get(&mut self, key: &ChunkKey) -> Option<Arc<Resident>> {
+        let entry = self.entries.get_mut(key)?;
+        entry.uses = MOST_USES.min(entry.uses + 1);
+        Some(Arc::clone(&entry.object))
+    }
+
+    /// The object, if it is here; not a use.
+    pub(crate) fn peek(&self, key: &ChunkKey) -> Option<&Arc<Resident>> {
+        self.entries.get(key).map(|entry| &entry.object)
+    }
+
+    /// Takes an object in, evicting others. Objects larger than the tier stay out.
+    pub(crate) fn insert(&mut self, object: Arc<Resident>) {
+        let (key, bytes) = (object.head.key(), object.bytes());
+        self.remove(&key);
+        if bytes > self.capacity {
+            return;
+        }
+        while self.used + bytes > self.capacity {
+            self.evict();
+        }
+        let in_main = self.known_ghosts.remove(&key);
+        if in_main {
+            self.ghosts.retain(|ghost| *ghost != key);
+            self.main.push_back(key);
+        } else {
+            self.small.push_back(key);
+            self.small_used += bytes;
+        }
+        self.used += bytes;
+        self.entries.insert(key, Entry { object, uses: 0, in_main });
+    }
+
+    /// Removes an object, say because it was deleted or is damaged.
+    pub(crate) fn remove(&mut self, key: &ChunkKey) {
+        if let Some(entry) = self.entries.remove(key) {
+            let queue = if entry.in_main { &mut self.main } else { &mut self.small };
+            queue.retain(|queued| queued != key);
+            self.forget(&entry);
+        }
+    }
+
+    pub(crate) fn used(&self) -> u64 {
+        self.used
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn forget(&mut self, entry: &Entry) {
+        self.used -= entry.object.bytes();
+        if !entry.in_main {
+            self.small_used -= entry.object.bytes();
+        }
+    }
+
+    /// One step towards room: an eviction, a promotion or a second chance. Queues hold only keys with entries,
+    /// and uses are finite, so repeated steps end with an eviction.
+    fn evict(&mut self) {
+        let small_is_full = self.small_used * 100 >= self.capacity * SMALL_PERCENT;
+        let from_small = !self.small.is_empty() && (small_is_full || self.main.is_empty());
+        let queue = if from_small { &mut self.small } else { &mut self.main };
+        let Some(key) = queue.pop_front() else { return };
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        if entry.uses > 0 {
+            entry.uses = if from_small { 0 } else { entry.uses - 1 };
+            if from_small {
+                entry.in_main = true;
+                self.small_used -= entry.object.bytes();
+            }
+            self.main.push_back(key);
+            return;
+        }
+        if let Some(entry) = self.entries.remove(&key) {
+            self.forget(&entry);
+        }
+        metrics::evicted(metrics::RAM, "capacity");
+        if from_small && self.known_ghosts.insert(key) {
+            self.ghosts.push_back(key);
+            if self.ghosts.len() > GHOSTS
+                && let Some(oldest) = self.ghosts.pop_front()
+            {
+                self.known_ghosts.remove(&oldest);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use cacheclip_chunk::{Codec, Dtype, KvShape, LayoutId, Parts, encode};
+
+    fn object(n: u32) -> Arc<Resident> {
+        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 8 };
+        let mut key = [0; 32];
+        key[..4].copy_from_slice(&n.to_le_bytes());
+        let layer = vec![0; shape.layer_bytes(4, Dtype::F32) as usize];
+        let parts = Parts {
+            layout: LayoutId::from_bytes([1; 32]),
+            key: ChunkKey::from_bytes(key),
+            shape,
+            tokens: 4,
+            dtype: Dtype::F32,
+            layers: vec![&layer],
+            spans: None,
+            rank: None,
+        };
+        Arc::new(Resident::new(Head::parse(&encode(&parts, Codec::Raw).unwrap()).unwrap()))
+    }
+
+    #[test]
+    fn what_is_used_again_survives_a_sweep() {
+        let size = object(0).bytes();
+        let mut ram = Ram::new(size * 20);
+        for n in 0..5 {
+            ram.insert(object(n));
+            assert!(ram.get(&object(n).head.key()).is_some());
+        }
+        for n in 100..1000 {
+            ram.insert(object(n));
+            assert!(ram.used() <= ram.capacity());
+        }
+        for n in 0..5 {
+            assert!(ram.peek(&object(n).head.key()).is_some(), "object {n} was swept out");
+        }
+    }
+
+    #[test]
+    fn the_budget_holds_whatever_comes_and_goes() {
+        let size = object(0).bytes();
+        let mut ram = Ram::new(size * 7 + 1);
+        for n in 0..2000u32 {
+            let at = n.wrapping_mul(2_654_435_761) >> 24;
+            match at % 4 {
+                0 => ram.remove(&object(at).head.key()),
+                1 => drop(ram.get(&object(at).head.key())),
+                _ => ram.insert(object(at)),
+            }
+            let held: u64 = ram.entries.values().map(|entry| entry.object.bytes()).sum();
+            assert_eq!(held, ram.used());
+            assert!(held <= ram.capacity());
+            assert_eq!(ram.small.len() + ram.main.len(), ram.entries.len());
+        }
+    }
+
+    #[test]
+    fn an_object_larger_than_the_tier_stays_out() {
+        let mut ram = Ram::new(10);
+        ram.insert(object(1));
+        assert_eq!((ram.used(), ram.entries.len()), (0, 0));
+    }
+}
