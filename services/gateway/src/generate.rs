@@ -71,9 +71,10 @@ impl Relay {
         let scored = OnceLock::new();
         let feed = async {
             if let Some(question) = question {
-                let answer = self.scorer.score(question).await;
-                let _ = to_worker.send(part(Part::Importance(answer.importance.clone()))).await;
-                let _ = scored.set(answer);
+                let Scored { importance, stages } = self.scorer.score(question).await;
+                // Before the worker can have an answer, so that the answer's record has them.
+                let _ = scored.set(stages);
+                let _ = to_worker.send(part(Part::Importance(importance))).await;
             }
             // Ends the request stream: nothing more will follow.
             drop(to_worker);
@@ -147,12 +148,17 @@ fn question(request: Generation, chunks: Vec<crate::scorer::Asked>) -> Option<Qu
 }
 
 /// The worker's result with the gateway's stages before its own.
-fn finish(done: v1::WorkerDone, tokenize: v1::Stage, scored: Option<&Scored>, reusable: u32) -> v1::Done {
+fn finish(
+    done: v1::WorkerDone,
+    tokenize: v1::Stage,
+    scored: Option<&Vec<v1::Stage>>,
+    reusable: u32,
+) -> v1::Done {
     let usage = done.usage.unwrap_or_default();
     metrics::usage(&usage, reusable);
     let mut explain = done.explain.unwrap_or_default();
     let mut stages = vec![tokenize];
-    stages.extend(scored.iter().flat_map(|scored| scored.stages.iter().cloned()));
+    stages.extend(scored.into_iter().flatten().cloned());
     stages.append(&mut explain.stages);
     explain.stages = stages;
     v1::Done {
