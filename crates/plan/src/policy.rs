@@ -17,7 +17,7 @@ pub enum Policy {
     Paper,
     /// Nothing is recomputed.
     Stale,
-    /// Nothing is reused but the prefix.
+    /// Nothing is reused: the prompt is computed in context.
     Full,
 }
 
@@ -160,6 +160,13 @@ impl Selection {
         let reused = assembly.reused().len();
         let realised = if reused == 0 { 0.0 } else { rows.len() as f32 / reused as f32 };
         Self { realised, counts: assembly.counts(&rows), rows, nominal }
+    }
+
+    /// The whole prompt computed in context: every chunk row is computed, none is reused, all are exact.
+    pub fn in_context(assembly: &Assembly, nominal: f32) -> Self {
+        let rows: Vec<u32> = assembly.reused().map(|row| row as u32).collect();
+        let counts = Counts { exact: rows.len(), ..Counts::default() };
+        Self { realised: if rows.is_empty() { 0.0 } else { 1.0 }, counts, rows, nominal }
     }
 }
 

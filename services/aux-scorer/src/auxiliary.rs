@@ -7,7 +7,11 @@ use cacheclip_model::{Cpu, Decoder, Device, Logits, Pass, Probe, Reduce};
 use cacheclip_plan::Scored;
 use cacheclip_prompt::Composer;
 use parking_lot::Mutex;
+use quick_cache::sync::Cache;
 use std::ops::Range;
+
+/// Prompt heads whose KV is kept.
+const PREFIXES: usize = 64;
 
 /// A chunk as the auxiliary model knows it.
 #[derive(Clone, Debug)]
@@ -41,6 +45,8 @@ pub(crate) struct Auxiliary {
     decoder: Decoder<Cpu>,
     composer: Composer,
     anchor: Vec<u32>,
+    /// KV of prompt heads; requests share a few.
+    prefixes: Cache<Vec<u32>, ChunkKv>,
     max_question: usize,
     /// One per concurrent request: pages for a whole context.
     workspaces: Mutex<Vec<Workspace>>,
@@ -72,7 +78,7 @@ impl Auxiliary {
                 Ok(Workspace { pages: decoder.pages(allocator.total())?, sequence: allocator.sequence(context)? })
             })
             .collect::<Result<_, Error>>()?;
-        Ok(Self { decoder, composer, anchor, max_question, workspaces: Mutex::new(workspaces) })
+        Ok(Self { decoder, composer, anchor, prefixes: Cache::new(PREFIXES), max_question, workspaces: Mutex::new(workspaces) })
     }
 
     /// Longest sequence of the auxiliary model.
@@ -104,7 +110,7 @@ impl Auxiliary {
             Some(text) => self.composer.prefix(text)?.ids,
             None => self.anchor.clone(),
         };
-        let prefix = self.section(&[], &prefix)?;
+        let prefix = self.prefix(prefix)?;
         let layers = self.decoder.config().layers;
         let (groups, looked_at) = match mode {
             Mode::Joint => (self.groups(chunks, prefix.tokens() + question.len())?, 0..layers),
@@ -115,6 +121,15 @@ impl Auxiliary {
             scored.extend(self.joint(&prefix, &chunks[group], &question, looked_at.clone())?);
         }
         Ok(scored)
+    }
+
+    fn prefix(&self, ids: Vec<u32>) -> Result<ChunkKv, Error> {
+        if let Some(known) = self.prefixes.get(&ids) {
+            return Ok(known);
+        }
+        let kv = self.section(&[], &ids)?;
+        self.prefixes.insert(ids, kv.clone());
+        Ok(kv)
     }
 
     /// Runs of chunks that fit the auxiliary context together; usually one.

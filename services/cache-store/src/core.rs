@@ -18,10 +18,14 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 /// Changes that may wait for the index; beyond it, writers wait.
 const ANNOUNCEMENTS: usize = 1024;
+/// How long a start waits for the directory's lock, and how often it looks.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+const LOCK_POLL: Duration = Duration::from_millis(20);
 
 /// Shared by all requests.
 #[derive(Debug)]
@@ -42,21 +46,24 @@ enum Announcement {
 impl Core {
     /// Opens the directory and rebuilds all else from it.
     pub(crate) async fn open(options: &Options) -> Result<Arc<Self>, Error> {
-        let root = options.data_dir.clone();
-        let mut catalogue = Catalogue::new(options.disk_bytes);
-        let scanned = tokio::task::spawn_blocking(move || {
-            let disk = Disk::open(&root)?;
+        let disk = lock(options).await?;
+        let (root, capacity) = (options.data_dir.clone(), options.disk_bytes);
+        let (disk, catalogue) = blocking(options, move || {
+            let mut catalogue = Catalogue::new(capacity);
             scan(&disk, &mut catalogue).map_err(|source| Error::DataDir { path: root, source })?;
             Ok((disk, catalogue))
-        });
-        let (disk, catalogue) = scanned.await.map_err(|error| Error::DataDir {
-            path: options.data_dir.clone(),
-            source: io::Error::other(error),
-        })??;
+        })
+        .await?;
         let entries = catalogue.records().map(|(key, record)| (key, entry(&record))).collect();
         let index = Embedded::open(disk.index(), entries).await?;
         let (announce, announced) = mpsc::channel(ANNOUNCEMENTS);
-        tokio::spawn(keep_index(Arc::new(index), announced));
+        let lock = disk.lock();
+        tokio::spawn(async move {
+            keep_index(&index, announced).await;
+            // Whoever gets the lock may open the index.
+            drop(index);
+            drop(lock);
+        });
         metrics::capacity(metrics::DISK, options.disk_bytes);
         metrics::capacity(metrics::RAM, options.ram_bytes);
         let core = Arc::new(Self {
@@ -237,6 +244,26 @@ impl Core {
     }
 }
 
+/// Opens the directory, waiting a little for a predecessor that is still on its way out.
+async fn lock(options: &Options) -> Result<Disk, Error> {
+    let deadline = Instant::now() + LOCK_WAIT;
+    loop {
+        let root = options.data_dir.clone();
+        match blocking(options, move || Disk::open(&root)).await {
+            Err(Error::InUse { .. }) if Instant::now() < deadline => tokio::time::sleep(LOCK_POLL).await,
+            opened => return opened,
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    options: &Options,
+    work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    let panicked = |error| Error::DataDir { path: options.data_dir.clone(), source: io::Error::other(error) };
+    tokio::task::spawn_blocking(work).await.map_err(panicked)?
+}
+
 fn record(head: &Head) -> Record {
     Record {
         layout: head.layout(),
@@ -251,7 +278,7 @@ fn entry(record: &Record) -> Entry {
 }
 
 /// Brings announcements to the index, in their order, as many at once as are waiting.
-async fn keep_index(index: Arc<dyn Index>, mut announced: mpsc::Receiver<Announcement>) {
+async fn keep_index(index: &dyn Index, mut announced: mpsc::Receiver<Announcement>) {
     let mut waiting = Vec::with_capacity(ANNOUNCEMENTS);
     while announced.recv_many(&mut waiting, ANNOUNCEMENTS).await > 0 {
         let mut latest: std::collections::HashMap<ChunkKey, Option<Entry>> = std::collections::HashMap::new();

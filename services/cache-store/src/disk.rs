@@ -15,6 +15,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The data directory, locked.
@@ -22,7 +23,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct Disk {
     root: PathBuf,
     serial: AtomicU64,
-    _lock: File,
+    lock: Arc<File>,
 }
 
 /// A file being written; removed unless it is published.
@@ -59,12 +60,17 @@ impl Disk {
             Err(TryLockError::WouldBlock) => return Err(Error::InUse { path: root.to_owned() }),
             Err(TryLockError::Error(source)) => return Err(failed(root)(source)),
         }
-        let disk = Self { root: root.to_owned(), serial: AtomicU64::new(0), _lock: lock };
+        let disk = Self { root: root.to_owned(), serial: AtomicU64::new(0), lock: Arc::new(lock) };
         for (path, _) in files(&disk.temporary()).map_err(failed(root))? {
             fs::remove_file(&path).map_err(failed(&path))?;
         }
         drop(disk.create().map_err(failed(&disk.temporary()))?);
         Ok(disk)
+    }
+
+    /// The directory's lock, for whoever else keeps files in it open.
+    pub(crate) fn lock(&self) -> Arc<File> {
+        Arc::clone(&self.lock)
     }
 
     fn temporary(&self) -> PathBuf {

@@ -85,7 +85,7 @@ struct Room<'a> {
 
 impl<'a> Room<'a> {
     fn reserve(core: &'a Core, bytes: u64) -> Option<Self> {
-        core.make_room(bytes).then_some(Self { core, bytes })
+        core.make_room(bytes).then(|| Self { core, bytes })
     }
 
     fn keep(mut self) {

@@ -10,6 +10,7 @@ use cacheclip_plan::{Policy, Rung, Scored, choose_rung};
 use cacheclip_rpc::status::{exhausted, invalid, unavailable};
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::worker_request::Request as Part;
+use cacheclip_service::request_id::{self, RequestId};
 use quick_cache::sync::Cache;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -75,7 +76,9 @@ impl v1::worker_server::Worker for Service {
                 let _ = events.send(Err(status)).await;
             }
         };
-        tokio::spawn(work.in_current_span());
+        // Spawned work stands outside of the request: it takes the request's id and span along.
+        let id = request_id::current().unwrap_or_else(RequestId::random);
+        tokio::spawn(request_id::scope(id, work).in_current_span());
         Ok(tonic::Response::new(ReceiverStream::new(stream)))
     }
 
@@ -127,8 +130,8 @@ impl Shared {
         // Loading and scoring run side by side; the slower of the two is what the request waits for.
         let ((found, load_seconds), arrived) = tokio::join!(load, self.importance(&request, inbound, received));
         let found = found.map_err(to_status)?;
-        loader::count(&found);
         let (rung, set) = self.rung(&request, &found, &arrived)?;
+        loader::count(&request.wanted, &found);
         let generation = self.generation(&request, &found, rung, set, received);
         let mut outcomes = self.engine.generate(generation).map_err(to_status)?;
         let mut index = 0;
@@ -240,7 +243,6 @@ impl Shared {
             eos: self.eos.clone(),
             received,
             queued: Instant::now(),
-            deadline: None,
         }
     }
 
@@ -257,8 +259,10 @@ impl Shared {
         metrics::realised(outcome.selection.realised);
         let stages: Vec<(&'static str, f64)> = before.iter().chain(&outcome.stages).copied().collect();
         stages.iter().for_each(|(name, seconds)| metrics::stage(name, *seconds));
-        let reason = if rung == Rung::FullPrefill { "fallback" } else { "selected" };
-        metrics::recomputed(reason, outcome.selection.rows.len());
+        if request.policy != Policy::Full {
+            let reason = if rung == Rung::FullPrefill { "fallback" } else { "selected" };
+            metrics::recomputed(reason, outcome.selection.rows.len());
+        }
         report::done(request, found, rung, outcome, &stages)
     }
 }
@@ -268,7 +272,6 @@ fn to_status(error: engine::Error) -> Status {
         engine::Error::Busy => exhausted("the worker's queue", RETRY),
         engine::Error::TooLarge { .. } => Status::resource_exhausted(error.to_string()),
         engine::Error::Stopped => unavailable(error),
-        engine::Error::Expired => Status::deadline_exceeded(error.to_string()),
         engine::Error::Plan(error) => invalid("policy", error),
         engine::Error::Model(cacheclip_model::Error::OutOfPages { .. }) => exhausted("KV pages", RETRY),
         engine::Error::Model(error) => Status::internal(error.to_string()),

@@ -4,7 +4,7 @@ use cacheclip_chunk::{Dtype, KvShape, LayoutId, LayoutSpec, Llama3Scaling, RopeS
 use cacheclip_model::config::Config;
 
 /// The layout of KV computed with these weights and this tokenizer.
-pub fn spec(config: &Config, weights: [u8; 32], tokenizer: [u8; 32]) -> LayoutSpec {
+pub(crate) fn spec(config: &Config, weights: [u8; 32], tokenizer: [u8; 32]) -> LayoutSpec {
     let scaling = config.rope_scaling.map(|s| Llama3Scaling {
         factor: s.factor,
         low_freq_factor: s.low_freq_factor,
@@ -27,7 +27,7 @@ pub fn spec(config: &Config, weights: [u8; 32], tokenizer: [u8; 32]) -> LayoutSp
 
 /// A layout with its id.
 #[derive(Clone, Debug)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// What the id is made of.
     pub spec: LayoutSpec,
     /// The id.
@@ -36,12 +36,12 @@ pub struct Layout {
 
 impl Layout {
     /// Derives the id.
-    pub fn new(spec: LayoutSpec) -> Self {
+    pub(crate) fn new(spec: LayoutSpec) -> Self {
         Self { id: spec.id(), spec }
     }
 
     /// As the protocol says it.
-    pub fn to_proto(&self) -> cacheclip_rpc::v1::Layout {
+    pub(crate) fn to_proto(&self) -> cacheclip_rpc::v1::Layout {
         let shape = self.spec.shape;
         cacheclip_rpc::v1::Layout {
             id: cacheclip_rpc::convert::id_bytes(self.id.as_bytes()),

@@ -49,6 +49,7 @@ const SETS: usize = 1024;
 pub async fn start(options: Options) -> anyhow::Result<Running> {
     cacheclip_service::telemetry::install_recorder();
     metrics::describe();
+    cacheclip_client::metrics::describe();
     let (source, dir) = (options.source()?, options.model_dir.clone());
     let (loaded, composer) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
         let loaded = load::load(&source, Cpu)?;
@@ -62,7 +63,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let tokenizer_digest = composer.tokenizer().digest();
     let layout = Arc::new(Layout::new(layout::spec(&config, loaded.weights_digest, tokenizer_digest)));
     let anchor: Arc<[u32]> = composer.anchor()?.into();
-    let limits = Limits::new(config.vocab, config.max_positions, &options);
+    let limits = Limits::new(config.vocab, config.max_positions, anchor.len(), &options);
     let pages = pages_within(options.page_bytes, &config);
     anyhow::ensure!(pages > 0, "page_bytes: {} holds no page of this model", options.page_bytes);
     let engine = Engine::start(loaded.decoder, composer.tokenizer().clone(), pages, options.queue)?;
@@ -81,6 +82,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         seconds(options.load_timeout_seconds),
     );
     tracing::info!(model = options.model, layout = %layout.id, pages, "worker ready");
+    let engine_watch = engine.clone();
     let shared = Shared {
         engine,
         loader,
@@ -100,7 +102,14 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         .max_decoding_message_size(message_bytes)
         .max_encoding_message_size(message_bytes);
     let running = Server::new("gpu-worker", options.service).serve(Routes::new(service), &[SERVICE]).await?;
-    running.readiness().set(true, "");
+    let (readiness, shutdown) = (running.readiness(), running.shutdown());
+    readiness.set(true, "");
+    tokio::spawn(async move {
+        tokio::select! {
+            () = engine_watch.stopped() => readiness.set(false, "the engine has stopped: restart the worker"),
+            () = shutdown.cancelled() => {}
+        }
+    });
     Ok(running)
 }
 

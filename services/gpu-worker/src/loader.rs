@@ -7,7 +7,7 @@ use crate::metrics;
 use crate::ram::{Ram, Section};
 use crate::writer::Writer;
 use cacheclip_chunk::{ByteSpan, ChunkKey};
-use cacheclip_client::{Item, StoreClient};
+use cacheclip_client::{Item, Located, StoreClient};
 use cacheclip_model::kv::{ChunkKv, LayerKv};
 use cacheclip_rpc::v1::{MissReason, Tier};
 use futures::StreamExt as _;
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// A section to find.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub(crate) struct Wanted {
     /// Content key.
     pub key: ChunkKey,
     /// Token ids, for the case that it must be computed.
@@ -30,7 +30,7 @@ pub struct Wanted {
 
 /// A section that was found or computed.
 #[derive(Clone, Debug)]
-pub struct Found {
+pub(crate) struct Found {
     /// Its KV.
     pub section: Section,
     /// Where it was.
@@ -41,7 +41,7 @@ pub struct Found {
 
 /// Finds sections. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Loader {
+pub(crate) struct Loader {
     ram: Ram,
     store: Option<StoreClient>,
     engine: Engine,
@@ -53,7 +53,7 @@ pub struct Loader {
 
 impl Loader {
     /// Looks in `ram`, then in `store`, then asks `engine`; what was computed goes to `writer`.
-    pub fn new(
+    pub(crate) fn new(
         ram: Ram,
         store: Option<StoreClient>,
         engine: Engine,
@@ -69,7 +69,7 @@ impl Loader {
     ///
     /// # Errors
     /// Only what keeps a section from being computed.
-    pub async fn load(&self, wanted: &[Wanted]) -> Result<Vec<Found>, crate::engine::Error> {
+    pub(crate) async fn load(&self, wanted: &[Wanted]) -> Result<Vec<Found>, crate::engine::Error> {
         let mut found: HashMap<ChunkKey, Found> = HashMap::new();
         let mut missing: Vec<&Wanted> = Vec::new();
         let mut seen = HashSet::new();
@@ -98,10 +98,19 @@ impl Loader {
     ///
     /// # Errors
     /// As [`load`](Self::load).
-    pub async fn precompute(&self, wanted: &[Wanted]) -> Result<Vec<bool>, crate::engine::Error> {
+    pub(crate) async fn precompute(&self, wanted: &[Wanted]) -> Result<Vec<bool>, crate::engine::Error> {
         let keys: Vec<ChunkKey> = wanted.iter().map(|want| want.key).collect();
         let stored = match &self.store {
-            Some(store) => store.lookup(self.layout.id, &keys).await.iter().map(|entry| entry.found).collect(),
+            Some(store) => {
+                let located = store.lookup(self.layout.id, &keys).await;
+                // A store that cannot be asked must not make ingest compute again what RAM holds.
+                let kept = |(entry, key): (&Located, &ChunkKey)| match entry {
+                    Located::Found { .. } => true,
+                    Located::Missing(MissReason::Unavailable | MissReason::Timeout) => self.ram.get(key).is_some(),
+                    Located::Missing(_) => false,
+                };
+                located.iter().zip(&keys).map(kept).collect()
+            }
             None => keys.iter().map(|key| self.ram.get(key).is_some()).collect::<Vec<_>>(),
         };
         let mut computed = Vec::with_capacity(wanted.len());
@@ -157,7 +166,7 @@ impl Loader {
         let mut reasons = HashMap::new();
         let stream = store.get_layers(self.layout.id, &keys, 0..self.layout.spec.shape.layers);
         let collect = async {
-            let mut stream = std::pin::pin!(stream);
+            let mut stream = stream;
             while let Some(item) = stream.next().await {
                 match item {
                     Item::Missing { chunk, reason } => {
@@ -212,7 +221,7 @@ impl Partial {
                 self.tier = tier;
             }
             Item::Layer(layer) if layer.layer as usize == self.layers.len() => {
-                let data = bytemuck_floats(&layer.data);
+                let data = floats(&layer.data);
                 self.layers.push(LayerKv { data, tokens: want.ids.len() });
             }
             Item::Rank { version, ranks, .. } if version == crate::engine::RANK_VERSION => {
@@ -231,14 +240,17 @@ impl Partial {
 }
 
 /// Little-endian bytes of a layer as values. Bytes of a network buffer need not be aligned for `f32`.
-fn bytemuck_floats(bytes: &[u8]) -> Vec<f32> {
+fn floats(bytes: &[u8]) -> Vec<f32> {
     let (words, _) = bytes.as_chunks::<4>();
     words.iter().map(|word| f32::from_le_bytes(*word)).collect()
 }
 
-/// Counts what was found, once per chunk of the request.
-pub(crate) fn count(found: &[Found]) {
-    for found in found {
+/// Counts how each chunk of a request was had; the prefix, first in both, is no chunk.
+pub(crate) fn count(wanted: &[Wanted], found: &[Found]) {
+    for (want, found) in wanted.iter().zip(found).skip(1) {
         metrics::lookup(found.tier, found.reason);
+        if found.reason.is_some() {
+            metrics::recomputed("miss", want.ids.len());
+        }
     }
 }

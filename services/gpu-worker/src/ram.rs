@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// A section's KV as the worker keeps it.
 #[derive(Clone, Debug)]
-pub struct Section {
+pub(crate) struct Section {
     /// Position-free KV.
     pub kv: ChunkKv,
     /// Static rank per token, where one of the current version is known.
@@ -28,23 +28,23 @@ impl Weighter<ChunkKey, Section> for ByBytes {
 
 /// Sections by key; eviction resists scans. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Ram(Arc<Cache<ChunkKey, Section, ByBytes>>);
+pub(crate) struct Ram(Arc<Cache<ChunkKey, Section, ByBytes>>);
 
 impl Ram {
     /// Keeps at most `bytes`.
-    pub fn new(bytes: u64) -> Self {
+    pub(crate) fn new(bytes: u64) -> Self {
         // The estimate sizes bookkeeping only: a megabyte per section.
         let sections = usize::try_from(bytes >> 20).unwrap_or(usize::MAX).clamp(64, 1 << 20);
         Self(Arc::new(Cache::with_weighter(sections, bytes, ByBytes)))
     }
 
     /// A section, if it is here.
-    pub fn get(&self, key: &ChunkKey) -> Option<Section> {
+    pub(crate) fn get(&self, key: &ChunkKey) -> Option<Section> {
         self.0.get(key)
     }
 
     /// Keeps a section, evicting others; a section larger than the tier is not kept.
-    pub fn insert(&self, key: ChunkKey, section: Section) {
+    pub(crate) fn insert(&self, key: ChunkKey, section: Section) {
         self.0.insert(key, section);
         crate::metrics::ram(self.0.weight());
     }

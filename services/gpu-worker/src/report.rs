@@ -41,7 +41,7 @@ pub(crate) fn done(
         rows_repaired: selection.counts.repaired as u32,
         rows_stale: selection.counts.stale as u32,
         rows_question: assembly.question().len() as u32,
-        chunks: (0..assembly.chunks()).map(|index| chunk(request, found, index, &selection.rows)).collect(),
+        chunks: (0..assembly.chunks()).map(|index| chunk(request, found, rung, index, &selection.rows)).collect(),
         stages: stages
             .iter()
             .map(|(name, seconds)| v1::Stage { name: (*name).to_owned(), seconds: *seconds })
@@ -56,14 +56,14 @@ pub(crate) fn done(
     }
 }
 
-fn chunk(request: &Request, found: &[Found], index: usize, rows: &[u32]) -> v1::ChunkReport {
+fn chunk(request: &Request, found: &[Found], rung: Rung, index: usize, rows: &[u32]) -> v1::ChunkReport {
     let want = &request.wanted[index + 1];
     let range = request.assembly.chunk(index);
     let from = rows.partition_point(|&row| (row as usize) < range.start);
     let to = rows.partition_point(|&row| (row as usize) < range.end);
     let spans = rows[from..to].iter().map(|&row| want.spans[row as usize - range.start]);
-    // A policy that looks nothing up reports every chunk as computed, with no reason: nothing was missed.
-    let (tier, reason, bytes) = match found.get(index + 1) {
+    // A prompt computed in context uses nothing that was found: computed, and nothing was missed.
+    let (tier, reason, bytes) = match found.get(index + 1).filter(|_| rung != Rung::FullPrefill) {
         Some(found) => (found.tier, found.reason, found.section.container_bytes),
         None => (v1::Tier::Computed, Some(v1::MissReason::Unspecified), 0),
     };

@@ -13,7 +13,7 @@ use tonic::Status;
 
 /// A checked request.
 #[derive(Debug)]
-pub struct Request {
+pub(crate) struct Request {
     /// Prefix and chunks, in order.
     pub wanted: Vec<Wanted>,
     /// The question's token ids.
@@ -36,26 +36,28 @@ pub struct Request {
 
 /// What a request is checked against.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub(crate) struct Limits {
     /// Rows of the embedding table.
     pub vocab: usize,
     /// Longest prompt plus answer.
     pub max_tokens: usize,
+    /// Tokens of the anchor that chunks are computed behind.
+    pub anchor: usize,
     /// Tokens generated when the request names no limit.
     pub default_answer: usize,
 }
 
 impl Limits {
     /// Limits of a model under `options`.
-    pub fn new(vocab: usize, positions: usize, options: &Options) -> Self {
+    pub(crate) fn new(vocab: usize, positions: usize, anchor: usize, options: &Options) -> Self {
         let max_tokens = if options.max_tokens == 0 { positions } else { options.max_tokens.min(positions) };
-        Self { vocab, max_tokens, default_answer: options.default_answer_tokens.max(1) }
+        Self { vocab, max_tokens, anchor, default_answer: options.default_answer_tokens.max(1) }
     }
 }
 
 impl Request {
     /// Checks everything about a request that can be wrong.
-    pub fn parse(sections: v1::Sections, layout: &Layout, anchor: &[u32], limits: &Limits) -> Result<Self, Status> {
+    pub(crate) fn parse(sections: v1::Sections, layout: &Layout, anchor: &[u32], limits: &Limits) -> Result<Self, Status> {
         check_layout(&sections.layout, layout)?;
         let prefix = section("prefix", sections.prefix.unwrap_or_default(), limits, false)?;
         let mut wanted = vec![prefix];
@@ -98,17 +100,17 @@ impl Request {
     }
 
     /// The prompt's token ids.
-    pub fn ids(&self) -> Vec<u32> {
+    pub(crate) fn ids(&self) -> Vec<u32> {
         self.wanted.iter().flat_map(|want| &want.ids).chain(&self.question).copied().collect()
     }
 
     /// Byte spans of each chunk's rows.
-    pub fn spans(&self) -> Vec<Vec<ByteSpan>> {
+    pub(crate) fn spans(&self) -> Vec<Vec<ByteSpan>> {
         self.wanted[1..].iter().map(|want| want.spans.clone()).collect()
     }
 
     /// What an importance set for this request can be kept under: chunks, question, policy.
-    pub fn set_key(&self) -> [u8; 32] {
+    pub(crate) fn set_key(&self) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_derive_key("cacheclip v1 importance set");
         hasher.update(self.policy.name().as_bytes());
         for want in &self.wanted {
@@ -122,14 +124,14 @@ impl Request {
 }
 
 /// Chunks of a precompute request.
-pub fn chunks(request: v1::PrecomputeRequest, layout: &Layout, limits: &Limits) -> Result<Vec<Wanted>, Status> {
+pub(crate) fn chunks(request: v1::PrecomputeRequest, layout: &Layout, limits: &Limits) -> Result<Vec<Wanted>, Status> {
     check_layout(&request.layout, layout)?;
     let check = |(index, chunk)| section(&format!("chunks[{index}]"), chunk, limits, true);
     request.chunks.into_iter().enumerate().map(check).collect()
 }
 
 /// The scorer's sets in the order of the chunks, ascending spans within each.
-pub fn scored(sets: Vec<v1::ImportanceSet>, chunks: usize) -> Vec<Vec<Scored>> {
+pub(crate) fn scored(sets: Vec<v1::ImportanceSet>, chunks: usize) -> Vec<Vec<Scored>> {
     let mut scored = vec![Vec::new(); chunks];
     for set in sets {
         // A set for a chunk that is not there helps nobody and harms nobody.
@@ -148,6 +150,11 @@ fn check_layout(bytes: &[u8], layout: &Layout) -> Result<(), Status> {
 
 fn section(field: &str, section: v1::TokenSection, limits: &Limits, anchored: bool) -> Result<Wanted, Status> {
     check_ids(field, &section.ids, limits)?;
+    let behind = if anchored { limits.anchor } else { 0 };
+    if behind + section.ids.len() > limits.max_tokens {
+        let why = format!("{} tokens behind an anchor of {behind} exceed {}", section.ids.len(), limits.max_tokens);
+        return Err(invalid(field, why));
+    }
     let spans = convert::spans(&format!("{field}.spans"), &section.spans, section.ids.len())?;
     let key = convert::id(&format!("{field}.key"), &section.key)?;
     Ok(Wanted { key, ids: section.ids, spans, anchored })

@@ -19,13 +19,13 @@ struct Write {
 
 /// Handle to the writing task. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Writer {
+pub(crate) struct Writer {
     queue: mpsc::Sender<Write>,
 }
 
 impl Writer {
     /// Starts the task; at most `queue` chunks wait.
-    pub fn start(store: StoreClient, layout: Arc<Layout>, queue: usize) -> Self {
+    pub(crate) fn start(store: StoreClient, layout: Arc<Layout>, queue: usize) -> Self {
         let (sender, mut inbox) = mpsc::channel::<Write>(queue.max(1));
         tokio::spawn(async move {
             while let Some(write) = inbox.recv().await {
@@ -41,14 +41,14 @@ impl Writer {
 
     /// Queues a chunk; dropped and counted when the queue is full, because a request must not wait for a
     /// store. The chunk stays in RAM and is offered again when it is next computed.
-    pub fn write_behind(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
+    pub(crate) fn write_behind(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
         if self.queue.try_send(Write { key, spans, canonical, done: None }).is_err() {
             metrics::write("dropped");
         }
     }
 
     /// Publishes a chunk and waits until the store has answered.
-    pub async fn write(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
+    pub(crate) async fn write(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
         let (done, answered) = oneshot::channel();
         if self.queue.send(Write { key, spans, canonical, done: Some(done) }).await.is_ok() {
             // An error means the task ended with the process.

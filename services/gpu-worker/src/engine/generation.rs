@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 /// A section's KV and where it stands in the prompt.
 #[derive(Clone, Debug)]
-pub struct Placed {
+pub(crate) struct Placed {
     /// First position.
     pub start: usize,
     /// Canonical KV.
@@ -23,7 +23,7 @@ pub struct Placed {
 
 /// Everything the engine needs for one answer.
 #[derive(Debug)]
-pub struct Generation {
+pub(crate) struct Generation {
     /// The whole prompt.
     pub ids: Vec<u32>,
     /// Its rows.
@@ -58,14 +58,17 @@ pub struct Generation {
     pub received: Instant,
     /// When it was handed to the engine.
     pub queued: Instant,
-    /// When nobody waits for it any more.
-    pub deadline: Option<Instant>,
 }
 
 impl Generation {
     /// Whether the whole prompt is computed in context, nothing reused.
-    pub fn in_context(&self) -> bool {
+    pub(crate) fn in_context(&self) -> bool {
         self.policy == Policy::Full || self.rung == Rung::FullPrefill
+    }
+
+    /// The ratio asked for, or the policy's own.
+    pub(super) fn nominal(&self) -> f32 {
+        self.ratio.unwrap_or_else(|| self.policy.default_ratio())
     }
 
     /// Positions the sequence may come to hold.
@@ -76,7 +79,7 @@ impl Generation {
 
 /// What comes out.
 #[derive(Debug)]
-pub enum Event {
+pub(crate) enum Event {
     /// Text of one or more tokens.
     Text(String),
     /// The answer is complete.
@@ -87,7 +90,7 @@ pub enum Event {
 
 /// How a generation ended.
 #[derive(Debug)]
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// The whole answer.
     pub text: String,
     /// Tokens generated, the one that ended it included.

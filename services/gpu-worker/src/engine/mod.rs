@@ -7,12 +7,12 @@
 mod generation;
 mod prefill;
 
-pub use generation::{Event, Generation, Outcome};
-pub use prefill::Canonical;
+pub(crate) use generation::{Event, Generation, Outcome, Placed};
+pub(crate) use prefill::Canonical;
 pub(crate) use prefill::RANK_VERSION;
 
 use cacheclip_model::kv::ChunkKv;
-use cacheclip_model::pages::Allocator;
+use cacheclip_model::pages::{Allocator, Sequence};
 use cacheclip_model::{Cpu, Decoder, Device};
 use cacheclip_prompt::Tokenizer;
 use generation::Running;
@@ -21,11 +21,11 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 /// The device this build computes on.
-pub type Compute = Cpu;
+pub(crate) type Compute = Cpu;
 
 /// Why the engine did not do a job.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum Error {
     /// The queue is full; retry later.
     #[error("the worker's queue is full")]
     Busy,
@@ -40,9 +40,6 @@ pub enum Error {
     /// The engine thread is gone; restart the worker.
     #[error("the engine has stopped")]
     Stopped,
-    /// The caller's deadline passed before the job began.
-    #[error("the request waited longer than its deadline allows")]
-    Expired,
     /// Selection was impossible as asked.
     #[error(transparent)]
     Plan(#[from] cacheclip_plan::Error),
@@ -57,9 +54,34 @@ enum Job {
     Generate { generation: Box<Generation>, events: mpsc::Sender<Event> },
 }
 
+impl Job {
+    fn positions(&self) -> usize {
+        match self {
+            Self::Canonical { behind, ids, .. } => behind.len() + ids.len(),
+            Self::Generate { generation, .. } => generation.positions(),
+        }
+    }
+
+    /// Whether nobody waits for the result any more.
+    fn abandoned(&self) -> bool {
+        match self {
+            Self::Canonical { reply, .. } => reply.is_closed(),
+            Self::Generate { events, .. } => events.is_closed(),
+        }
+    }
+
+    fn fail(self, error: Error) {
+        match self {
+            // As below: a closed channel has no reader left to tell.
+            Self::Canonical { reply, .. } => drop(reply.send(Err(error))),
+            Self::Generate { events, .. } => fail(&events, error),
+        }
+    }
+}
+
 /// Handle to the engine thread; cheap to clone. The thread ends when the last handle is dropped.
 #[derive(Clone, Debug)]
-pub struct Engine {
+pub(crate) struct Engine {
     jobs: mpsc::Sender<Job>,
 }
 
@@ -68,7 +90,7 @@ impl Engine {
     ///
     /// # Errors
     /// The device cannot hold the pages, or no thread can be started.
-    pub fn start(
+    pub(crate) fn start(
         decoder: Decoder<Compute>,
         tokenizer: Tokenizer,
         pages: usize,
@@ -82,11 +104,16 @@ impl Engine {
         Ok(Self { jobs })
     }
 
+    /// Completes when the engine thread is gone.
+    pub(crate) async fn stopped(&self) {
+        self.jobs.closed().await;
+    }
+
     /// Canonical KV of `ids` behind the anchor `behind`, anchor stripped.
     ///
     /// # Errors
     /// The engine stopped or the model failed.
-    pub async fn canonical(&self, behind: Arc<[u32]>, ids: Vec<u32>) -> Result<Canonical, Error> {
+    pub(crate) async fn canonical(&self, behind: Arc<[u32]>, ids: Vec<u32>) -> Result<Canonical, Error> {
         let (reply, answer) = oneshot::channel();
         self.jobs.send(Job::Canonical { behind, ids, reply }).await.map_err(|_| Error::Stopped)?;
         answer.await.map_err(|_| Error::Stopped)?
@@ -96,7 +123,7 @@ impl Engine {
     ///
     /// # Errors
     /// The queue is full or the engine stopped.
-    pub fn generate(&self, generation: Generation) -> Result<mpsc::Receiver<Event>, Error> {
+    pub(crate) fn generate(&self, generation: Generation) -> Result<mpsc::Receiver<Event>, Error> {
         // Room for every event there can be: the engine never waits for a slow reader.
         let (events, receiver) = mpsc::channel(generation.max_tokens + 2);
         let job = Job::Generate { generation: Box::new(generation), events };
@@ -114,7 +141,7 @@ struct Thread {
     tokenizer: Tokenizer,
     pages: <Compute as Device>::Pages,
     allocator: Allocator,
-    waiting: VecDeque<(Box<Generation>, mpsc::Sender<Event>)>,
+    waiting: VecDeque<Job>,
     running: Vec<Running>,
     queue: usize,
 }
@@ -133,36 +160,39 @@ impl Thread {
             } else {
                 None
             };
-            match job {
-                Some(Job::Canonical { behind, ids, reply }) => {
-                    // A caller that went away does not want the answer.
-                    let _ = reply.send(self.canonical(&behind, &ids));
-                }
-                Some(Job::Generate { generation, events }) => self.waiting.push_back((generation, events)),
-                None => {}
-            }
+            self.waiting.extend(job);
             self.admit();
             self.decode();
             crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
         }
     }
 
-    /// Starts the first waiting generation for which there are pages.
+    /// Does the first waiting job, if there are pages for it; running sequences that hold them are waited for,
+    /// in order.
     fn admit(&mut self) {
-        let Some((generation, events)) = self.waiting.pop_front() else { return };
-        if events.is_closed() {
+        let Some(job) = self.waiting.pop_front() else { return };
+        if job.abandoned() {
             return;
         }
-        match self.allocator.sequence(generation.positions()) {
-            Ok(sequence) => match self.prefill(&generation, sequence) {
+        match self.allocator.sequence(job.positions()) {
+            Ok(sequence) => self.begin(job, sequence),
+            Err(cacheclip_model::Error::OutOfPages { wanted, total, .. }) if wanted > total => {
+                job.fail(Error::TooLarge { wanted, total });
+            }
+            Err(_) => self.waiting.push_front(job),
+        }
+    }
+
+    fn begin(&mut self, job: Job, sequence: Sequence) {
+        match job {
+            Job::Canonical { behind, ids, reply } => {
+                // A caller that went away does not want the answer.
+                let _ = reply.send(self.canonical(&behind, &ids, &sequence));
+            }
+            Job::Generate { generation, events } => match self.prefill(&generation, sequence) {
                 Ok(first) => self.running.extend(Running::start(*generation, first, events, &self.tokenizer)),
                 Err(error) => fail(&events, error),
             },
-            Err(cacheclip_model::Error::OutOfPages { wanted, total, .. }) if wanted > total => {
-                fail(&events, Error::TooLarge { wanted, total });
-            }
-            // Running sequences hold the pages: wait for them, in order.
-            Err(_) => self.waiting.push_front((generation, events)),
         }
     }
 

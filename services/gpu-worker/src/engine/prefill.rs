@@ -6,12 +6,12 @@ use cacheclip_model::kv::{ChunkKv, Export};
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::Sampler;
 use cacheclip_model::{Logits, Pass, Probe, Reduce};
-use cacheclip_plan::{Policy, Rung, Selection, Signals, select};
+use cacheclip_plan::{Rung, Selection, Signals, select};
 use std::time::Instant;
 
 /// A section's canonical KV with what ingest learns about its tokens.
 #[derive(Clone, Debug)]
-pub struct Canonical {
+pub(crate) struct Canonical {
     /// Position-free KV, anchor stripped.
     pub kv: ChunkKv,
     /// Static rank per token, 255 for the token that the chunk's own later tokens look at most.
@@ -24,10 +24,9 @@ pub(crate) const RANK_VERSION: u16 = 1;
 
 impl Thread {
     /// Computes a section behind its anchor and strips the anchor.
-    pub(super) fn canonical(&mut self, behind: &[u32], ids: &[u32]) -> Result<Canonical, Error> {
+    pub(super) fn canonical(&mut self, behind: &[u32], ids: &[u32], sequence: &Sequence) -> Result<Canonical, Error> {
         let all = [behind, ids].concat();
         let positions: Vec<u32> = (0..all.len() as u32).collect();
-        let sequence = self.allocator.sequence(all.len())?;
         let mut export = Export::default();
         let layers = 0..self.decoder.config().layers;
         let mut probe = Probe::new(behind.len() as u32, all.len(), layers, Reduce::Mean, Reduce::Mean);
@@ -44,9 +43,6 @@ impl Thread {
 
     /// Assembles, selects, recomputes and draws the first token.
     pub(super) fn prefill(&mut self, generation: &Generation, sequence: Sequence) -> Result<First, Error> {
-        if generation.deadline.is_some_and(|deadline| Instant::now() > deadline) {
-            return Err(Error::Expired);
-        }
         let mut stages = vec![("queue", generation.queued.elapsed().as_secs_f64())];
         let mut last = Instant::now();
         let mut lap = |name: &'static str| {
@@ -58,7 +54,7 @@ impl Thread {
             let positions: Vec<u32> = (0..generation.ids.len() as u32).collect();
             let logits = self.decoder.forward(&mut self.pages, Pass::new(&generation.ids, &positions, table))?;
             lap("prefill");
-            (logits, everything(generation))
+            (logits, Selection::in_context(&generation.assembly, generation.nominal()))
         } else {
             for section in &generation.placed {
                 self.decoder.place(&mut self.pages, table, &section.kv, section.start)?;
@@ -106,17 +102,9 @@ fn plan(generation: &Generation, probed: Option<&[f32]>) -> Result<Selection, Er
         rank: generation.rank.as_deref().filter(|_| ranked),
     };
     if generation.assembly.candidate_rows() == 0 {
-        let nominal = generation.ratio.unwrap_or_else(|| generation.policy.default_ratio());
-        return Ok(Selection::new(&generation.assembly, Vec::new(), nominal));
+        return Ok(Selection::new(&generation.assembly, Vec::new(), generation.nominal()));
     }
     Ok(select(&generation.assembly, &generation.policy, generation.ratio, &signals)?)
-}
-
-/// The selection of a prompt that was computed in context: everything, and nothing of it was reused.
-fn everything(generation: &Generation) -> Selection {
-    let rows = generation.assembly.reused().map(|row| row as u32).collect();
-    let nominal = if generation.policy == Policy::Full { 1.0 } else { generation.ratio.unwrap_or(1.0) };
-    Selection::new(&generation.assembly, rows, nominal)
 }
 
 /// Ranks of attention mass as bytes; later tokens are seen by fewer rows, so mass is per row that sees it.

@@ -1,0 +1,73 @@
+//! The `cacheclip` command line: demo, serve, ask, ingest, world.
+
+mod ask;
+mod demo;
+mod ingest;
+mod serve;
+mod text;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Answers questions over retrieved chunks whose KV was computed once and is reused in every order.
+#[derive(Debug, Parser)]
+#[command(name = "cacheclip", version, after_help = "Start with: cacheclip demo")]
+struct Arguments {
+    /// Log filter, e.g. info or cacheclip=debug. Logs go to standard error.
+    #[arg(long, global = true, env = "CACHECLIP_LOG", default_value = "error", value_name = "FILTER")]
+    log: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start all four services in this process, ingest a small corpus, and compare full prefill, stale reuse
+    /// and CacheClip on 24 questions. Exit code 1 unless reuse keeps the answers.
+    Demo(demo::Arguments),
+    /// Run all four services in this process until SIGTERM: embedded index, local directory.
+    Serve(serve::Arguments),
+    /// Ask one question over chunks of text.
+    Ask(ask::Arguments),
+    /// Precompute the KV of text files, one chunk per paragraph.
+    Ingest(ingest::Arguments),
+    /// Print a generated corpus with questions and answers as JSON.
+    World {
+        /// The same seed gives the same corpus.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Questions to generate.
+        #[arg(long, default_value_t = demo::QUESTIONS)]
+        questions: usize,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let telemetry = cacheclip_service::telemetry::TelemetryOptions { filter: arguments.log, ..Default::default() };
+    if let Err(error) = cacheclip_service::telemetry::init(&telemetry) {
+        return text::fail(&error.into(), cacheclip_service::BAD_CONFIG);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return text::fail(&error.into(), cacheclip_service::FAILED_START),
+    };
+    let result = runtime.block_on(async {
+        match arguments.command {
+            Command::Demo(arguments) => demo::run(arguments).await,
+            Command::Serve(arguments) => serve::run(arguments).await,
+            Command::Ask(arguments) => ask::run(arguments).await,
+            Command::Ingest(arguments) => ingest::run(arguments).await,
+            Command::World { seed, questions } => text::json(&cacheclip_bench::world::generate(
+                seed,
+                demo::DISTRICTS,
+                questions,
+            )),
+        }
+    });
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    match result {
+        Ok(code) => code,
+        Err(error) => text::fail(&error, cacheclip_service::FAILED_START),
+    }
+}
