@@ -129,7 +129,8 @@ impl Generator {
         self.words.adjectives.shuffle(&mut self.random);
         self.words.towns.shuffle(&mut self.random);
         let documents = (0..districts * DISTRICT).map(|index| self.document(index)).collect();
-        let questions = (0..questions).map(|i| self.question(Family::ALL[i % Family::ALL.len()], districts)).collect();
+        let questions =
+            (0..questions).map(|i| self.question(Family::ALL[i % Family::ALL.len()], districts)).collect();
         Corpus { documents, questions }
     }
 
@@ -197,10 +198,15 @@ impl Generator {
         let within = |entry: &&Entry| chosen.contains(&(entry.document / DISTRICT));
         let at_home = |entry: &&Entry| entry.document / DISTRICT == home;
         let asked: Vec<&Entry> = self.entries.iter().filter(|e| at_home(e) && e.depth == depth).collect();
-        let first = (*asked.choose(&mut self.random).expect("every district has an entry of every depth")).clone();
+        let first =
+            (*asked.choose(&mut self.random).expect("every district has an entry of every depth")).clone();
         let second = (family == Family::Several).then(|| {
-            let rest: Vec<&Entry> =
-                self.entries.iter().filter(within).filter(|e| e.document != first.document && e.depth == 0).collect();
+            let rest: Vec<&Entry> = self
+                .entries
+                .iter()
+                .filter(within)
+                .filter(|e| e.document != first.document && e.depth == 0)
+                .collect();
             (*rest.choose(&mut self.random).expect("other reports hold facts")).clone()
         });
         let (text, answer) = wording(&first, second.as_ref());
@@ -264,7 +270,9 @@ mod tests {
                     .split(", ")
                     .enumerate()
                     .map(|(i, part)| match i {
-                        0 => question.text.rsplit("Answer: ").next().unwrap().trim_end_matches("'s").to_owned(),
+                        0 => {
+                            question.text.rsplit("Answer: ").next().unwrap().trim_end_matches("'s").to_owned()
+                        }
                         _ => part.split("'s").next().unwrap().to_owned(),
                     })
                     .collect();

@@ -35,7 +35,8 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut client = fleet::connect(&arguments.gateway).await?;
     let read = |path: &PathBuf| {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         Ok(Chunk { text: text.trim_end().to_owned(), corpus: String::new() })
     };
     let request = GenerateRequest {

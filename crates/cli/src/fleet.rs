@@ -30,7 +30,10 @@ impl Options {
         let primary = models.join("primary");
         Self {
             store: cacheclip_cache_store::Options { data_dir: data.to_owned(), ..Default::default() },
-            scorer: Some(cacheclip_aux_scorer::Options { model_dir: models.join("aux"), ..Default::default() }),
+            scorer: Some(cacheclip_aux_scorer::Options {
+                model_dir: models.join("aux"),
+                ..Default::default()
+            }),
             worker: cacheclip_gpu_worker::Options { model_dir: primary.clone(), ..Default::default() },
             gateway: cacheclip_gateway::Options { model_dir: primary, ..Default::default() },
         }

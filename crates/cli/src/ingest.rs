@@ -53,7 +53,9 @@ pub(crate) async fn send(
     label: &'static str,
 ) -> anyhow::Result<Total> {
     let bar = ProgressBar::new(documents.iter().map(|(_, chunks)| chunks.len() as u64).sum());
-    bar.set_style(ProgressStyle::with_template("{prefix} [{bar:40}] {pos}/{len} chunks {msg}")?.progress_chars("=> "));
+    bar.set_style(
+        ProgressStyle::with_template("{prefix} [{bar:40}] {pos}/{len} chunks {msg}")?.progress_chars("=> "),
+    );
     bar.set_prefix(label);
     let requests = documents.into_iter().map(|(document, chunks)| IngestRequest {
         document,

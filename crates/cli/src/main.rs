@@ -44,7 +44,8 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let telemetry = cacheclip_service::telemetry::TelemetryOptions { filter: arguments.log, ..Default::default() };
+    let telemetry =
+        cacheclip_service::telemetry::TelemetryOptions { filter: arguments.log, ..Default::default() };
     if let Err(error) = cacheclip_service::telemetry::init(&telemetry) {
         return text::fail(&error.into(), cacheclip_service::BAD_CONFIG);
     }
@@ -58,11 +59,9 @@ fn main() -> ExitCode {
             Command::Serve(arguments) => serve::run(arguments).await,
             Command::Ask(arguments) => ask::run(arguments).await,
             Command::Ingest(arguments) => ingest::run(arguments).await,
-            Command::World { seed, questions } => text::json(&cacheclip_bench::world::generate(
-                seed,
-                demo::DISTRICTS,
-                questions,
-            )),
+            Command::World { seed, questions } => {
+                text::json(&cacheclip_bench::world::generate(seed, demo::DISTRICTS, questions))
+            }
         }
     });
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));

@@ -40,7 +40,11 @@ pub(crate) fn table(header: &[&str], rows: &[Vec<String>]) {
         let padded: Vec<String> = cells
             .zip(&widths)
             .enumerate()
-            .map(|(i, (cell, &width))| if i == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") })
+            .map(
+                |(i, (cell, &width))| {
+                    if i == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+                },
+            )
             .collect();
         line(padded.join("  ").trim_end());
     };

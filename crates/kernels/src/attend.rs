@@ -111,7 +111,8 @@ fn attend_body<F: Fma>(view: &LayerView<'_>, head: usize, q: &[f32], limits: &[u
         for i in first..count {
             let row = &mut scores[i * TILE..(i + 1) * TILE];
             let seen = (limits[i] - start).min(pages.len() * PAGE_TOKENS);
-            let shrink = soften::<F>(&mut row[..pages.len() * PAGE_TOKENS], seen, &mut largest[i], &mut total[i]);
+            let shrink =
+                soften::<F>(&mut row[..pages.len() * PAGE_TOKENS], seen, &mut largest[i], &mut total[i]);
             if shrink != 1.0 {
                 out[i * dim..(i + 1) * dim].iter_mut().for_each(|v| *v *= shrink);
             }

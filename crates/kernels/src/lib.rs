@@ -4,7 +4,10 @@
 //! [`page`] says where a token's key and value live; [`attend`], [`place`] and [`probe`] read and write
 //! there; [`matrix`] and [`ops`] are the rest of a decoder layer. Shapes are row-major and written as
 //! `[rows, width]`.
-#![expect(unsafe_code, reason = "vector units are reached through target_feature functions, GEMM through pointers")]
+#![expect(
+    unsafe_code,
+    reason = "vector units are reached through target_feature functions, GEMM through pointers"
+)]
 
 pub mod attend;
 mod lanes;

@@ -17,7 +17,12 @@ impl Matrix {
     /// # Panics
     /// When the length is not `outputs · inputs`.
     pub fn new(data: Vec<f32>, outputs: usize, inputs: usize) -> Self {
-        assert_eq!(data.len(), outputs * inputs, "a matrix of [{outputs}, {inputs}] has {} values", data.len());
+        assert_eq!(
+            data.len(),
+            outputs * inputs,
+            "a matrix of [{outputs}, {inputs}] has {} values",
+            data.len()
+        );
         Self { data, outputs, inputs }
     }
 

@@ -17,7 +17,14 @@ pub struct StoredLayer<'a> {
 /// Places tokens `0..tokens` of a stored layer at positions `start..`, rotating K on the way (kernel *place*).
 ///
 /// `pool` is the layer's pool, `table` the sequence's pages; they must hold `start + tokens` positions.
-pub fn place(pool: &mut [f32], table: &[u32], shape: HeadShape, stored: StoredLayer<'_>, start: usize, rope: &RopeTable) {
+pub fn place(
+    pool: &mut [f32],
+    table: &[u32],
+    shape: HeadShape,
+    stored: StoredLayer<'_>,
+    start: usize,
+    rope: &RopeTable,
+) {
     let dim = shape.head_dim;
     let mut rotated = vec![0.0; dim];
     for head in 0..shape.kv_heads {
@@ -60,7 +67,15 @@ pub fn scatter(
     }
 }
 
-fn write(pool: &mut [f32], table: &[u32], shape: HeadShape, head: usize, position: usize, k: &[f32], v: &[f32]) {
+fn write(
+    pool: &mut [f32],
+    table: &[u32],
+    shape: HeadShape,
+    head: usize,
+    position: usize,
+    k: &[f32],
+    v: &[f32],
+) {
     let page = table[position / PAGE_TOKENS] as usize;
     let slot = position % PAGE_TOKENS;
     let k_tile = shape.k_tile(page, head) + slot;

@@ -33,7 +33,13 @@ impl Reduce {
 
 /// Attention of `queries` over columns `0..columns`: softmax over everything each row sees, then reduced
 /// over heads, then over rows. Returns `[columns]`; columns a row does not see count as zero for it.
-pub fn probe(view: &LayerView<'_>, queries: Queries<'_>, columns: usize, heads: Reduce, rows: Reduce) -> Vec<f32> {
+pub fn probe(
+    view: &LayerView<'_>,
+    queries: Queries<'_>,
+    columns: usize,
+    heads: Reduce,
+    rows: Reduce,
+) -> Vec<f32> {
     let dim = view.shape.head_dim;
     let group = queries.heads / view.shape.kv_heads;
     let count = queries.positions.len();

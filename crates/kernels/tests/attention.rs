@@ -69,10 +69,17 @@ impl Case {
 
 #[test]
 fn rows_at_arbitrary_positions_attend_to_exactly_what_stands_before_them() {
-    for (seed, (kv_heads, group, dim, tokens)) in
-        [(1, 1, 32, 1), (2, 2, 32, 17), (1, 3, 64, 300), (3, 3, 64, 129), (2, 4, 128, 128), (1, 1, 8, 45), (2, 5, 48, 257)]
-            .into_iter()
-            .enumerate()
+    for (seed, (kv_heads, group, dim, tokens)) in [
+        (1, 1, 32, 1),
+        (2, 2, 32, 17),
+        (1, 3, 64, 300),
+        (3, 3, 64, 129),
+        (2, 4, 128, 128),
+        (1, 1, 8, 45),
+        (2, 5, 48, 257),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let case = Case::new(seed as u64, kv_heads, group, dim, tokens);
         let positions: Vec<u32> =
@@ -94,7 +101,10 @@ fn rows_at_arbitrary_positions_attend_to_exactly_what_stands_before_them() {
                         .map(|(column, w)| w * case.v[(kv * tokens + column) * dim + d] as f64)
                         .sum();
                     let got = out[at + d] as f64;
-                    assert!((got - want).abs() < 2e-5, "shape {seed}, row {position}, head {head}: {got} {want}");
+                    assert!(
+                        (got - want).abs() < 2e-5,
+                        "shape {seed}, row {position}, head {head}: {got} {want}"
+                    );
                 }
             }
         }
@@ -108,7 +118,11 @@ fn one_row_alone_equals_the_same_row_among_others() {
     let q = case.queries(7, 2);
     let mut both = vec![0.0; 2 * width];
     let positions = [150, 199];
-    attend_rows(&case.view(), Queries { data: &q, stride: width, heads: 6, positions: &positions }, &mut both);
+    attend_rows(
+        &case.view(),
+        Queries { data: &q, stride: width, heads: 6, positions: &positions },
+        &mut both,
+    );
     let mut alone = vec![0.0; width];
     let last = Queries { data: &q[width..], stride: width, heads: 6, positions: &positions[1..] };
     attend_rows(&case.view(), last, &mut alone);
@@ -124,7 +138,9 @@ fn the_probe_reports_the_probabilities_attention_uses() {
     let q = case.queries(3, 2);
     let width = case.heads * 32;
     let queries = Queries { data: &q, stride: width, heads: case.heads, positions: &positions };
-    for (heads, rows) in [(Reduce::Mean, Reduce::Mean), (Reduce::Max, Reduce::Max), (Reduce::Mean, Reduce::Max)] {
+    for (heads, rows) in
+        [(Reduce::Mean, Reduce::Mean), (Reduce::Max, Reduce::Max), (Reduce::Mean, Reduce::Max)]
+    {
         let got = probe(&case.view(), queries, 70, heads, rows);
         let mut want = vec![0.0f32; 70];
         for (row, &position) in positions.iter().enumerate() {

@@ -27,7 +27,8 @@ pub struct Certificate {
 
 impl fmt::Display for Certificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let parts: Vec<String> = self.checks.iter().map(|(name, error)| format!("{name} {error:.1e}")).collect();
+        let parts: Vec<String> =
+            self.checks.iter().map(|(name, error)| format!("{name} {error:.1e}")).collect();
         f.write_str(&parts.join(", "))
     }
 }
@@ -35,7 +36,11 @@ impl fmt::Display for Certificate {
 /// `max |a − b| / max |b|`.
 pub fn relative_error(a: &[f32], b: &[f32]) -> f32 {
     let scale = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    let worst = a.iter().zip(b).map(|(x, y)| (x - y).abs()).fold(0.0f32, |m, d| if d > m || d.is_nan() { d } else { m });
+    let worst = a
+        .iter()
+        .zip(b)
+        .map(|(x, y)| (x - y).abs())
+        .fold(0.0f32, |m, d| if d > m || d.is_nan() { d } else { m });
     if a.len() == b.len() { worst / scale.max(f32::MIN_POSITIVE) } else { f32::INFINITY }
 }
 
@@ -134,11 +139,14 @@ impl<'a, D: Device> Bench<'a, D> {
         let sequence = self.allocator.sequence(self.ids.len())?;
         let (mut pages, table) = (self.pages()?, sequence.table());
         let start = ANCHOR + CHUNK;
-        let head = Pass { logits: Logits::None, ..Pass::new(&self.ids[..start], &self.positions[..start], table) };
+        let head =
+            Pass { logits: Logits::None, ..Pass::new(&self.ids[..start], &self.positions[..start], table) };
         self.decoder.forward(&mut pages, head)?;
         self.decoder.place(&mut pages, table, &self.canonical()?, start)?;
         let question = start + CHUNK;
-        let rows = (start..question).filter(|row| step != usize::MAX && row % step == 0).chain(question..self.ids.len());
+        let rows = (start..question)
+            .filter(|row| step != usize::MAX && row % step == 0)
+            .chain(question..self.ids.len());
         let rows: Vec<usize> = rows.collect();
         let ids: Vec<u32> = rows.iter().map(|&row| self.ids[row]).collect();
         let positions: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
@@ -160,7 +168,8 @@ impl<'a, D: Device> Bench<'a, D> {
         let (mut pages, table) = (self.pages()?, sequence.table());
         if range.start > 0 {
             let (ids, positions) = (&self.ids[..range.start], &self.positions[..range.start]);
-            self.decoder.forward(&mut pages, Pass { logits: Logits::None, ..Pass::new(ids, positions, table) })?;
+            self.decoder
+                .forward(&mut pages, Pass { logits: Logits::None, ..Pass::new(ids, positions, table) })?;
         }
         let end = range.end;
         placer.place(&mut pages, table, &self.in_context(range.clone())?, range.start)?;

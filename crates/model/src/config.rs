@@ -93,7 +93,8 @@ impl Config {
     /// An unreadable file, a family or a feature this build does not support (named by field).
     pub fn from_dir(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
+        let text =
+            std::fs::read_to_string(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
         Self::parse(&text)
     }
 
@@ -102,7 +103,8 @@ impl Config {
     /// # Errors
     /// As [`from_dir`](Self::from_dir).
     pub fn parse(text: &str) -> Result<Self, Error> {
-        let value: serde_json::Value = serde_json::from_str(text).map_err(|e| refuse("config.json", e.to_string()))?;
+        let value: serde_json::Value =
+            serde_json::from_str(text).map_err(|e| refuse("config.json", e.to_string()))?;
         let family = value.get("model_type").and_then(|v| v.as_str()).unwrap_or("(none)").to_owned();
         if family != "llama" {
             return Err(refuse("model_type", format!("{family} is not supported; supported: llama")));
@@ -151,14 +153,20 @@ impl Raw {
         if let Some(act) = self.hidden_act.as_deref().filter(|act| *act != "silu") {
             return Err(refuse("hidden_act", format!("{act} is not supported; supported: silu")));
         }
-        let (heads, kv_heads) = (self.num_attention_heads, self.num_key_value_heads.unwrap_or(self.num_attention_heads));
+        let (heads, kv_heads) =
+            (self.num_attention_heads, self.num_key_value_heads.unwrap_or(self.num_attention_heads));
         if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
-            return Err(refuse("num_key_value_heads", format!("{heads} heads cannot share {kv_heads} KV heads")));
+            return Err(refuse(
+                "num_key_value_heads",
+                format!("{heads} heads cannot share {kv_heads} KV heads"),
+            ));
         }
         let head_dim = match self.head_dim {
             Some(dim) => dim,
             None if self.hidden_size.is_multiple_of(heads) => self.hidden_size / heads,
-            None => return Err(refuse("head_dim", "absent, and hidden_size is no multiple of the heads".into())),
+            None => {
+                return Err(refuse("head_dim", "absent, and hidden_size is no multiple of the heads".into()));
+            }
         };
         if head_dim == 0 || head_dim % 2 != 0 {
             return Err(refuse("head_dim", format!("{head_dim} cannot be rotated in pairs")));
@@ -215,7 +223,9 @@ impl RawRope {
                     "original_max_position_embeddings",
                 )? as usize,
             })),
-            other => Err(refuse("rope_scaling", format!("{other} is not supported; supported: default, llama3"))),
+            other => {
+                Err(refuse("rope_scaling", format!("{other} is not supported; supported: default, llama3")))
+            }
         }
     }
 }
@@ -241,7 +251,10 @@ mod tests {
     #[test]
     fn theta_is_found_where_either_generation_of_transformers_writes_it() {
         assert_eq!(with(r#""rope_theta":5e5"#).unwrap().rope_theta, 5e5);
-        assert_eq!(with(r#""rope_parameters":{"rope_type":"default","rope_theta":5e5}"#).unwrap().rope_theta, 5e5);
+        assert_eq!(
+            with(r#""rope_parameters":{"rope_type":"default","rope_theta":5e5}"#).unwrap().rope_theta,
+            5e5
+        );
     }
 
     #[test]

@@ -95,7 +95,8 @@ impl Device for Cpu {
     }
 
     fn take(&self, x: &Rows, rows: &[usize]) -> Rows {
-        let data = rows.iter().flat_map(|&row| &x.data[row * x.width..(row + 1) * x.width]).copied().collect();
+        let data =
+            rows.iter().flat_map(|&row| &x.data[row * x.width..(row + 1) * x.width]).copied().collect();
         Rows { data, width: x.width }
     }
 
@@ -114,7 +115,14 @@ impl Device for Cpu {
         LayerKv { data, tokens }
     }
 
-    fn place(&self, pages: &mut Pages, at: At<'_>, kv: &LayerKv, start: usize, rope: &RopeTable) -> Result<(), Error> {
+    fn place(
+        &self,
+        pages: &mut Pages,
+        at: At<'_>,
+        kv: &LayerKv,
+        start: usize,
+        rope: &RopeTable,
+    ) -> Result<(), Error> {
         let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
         place(&mut pages.layers[at.layer], at.table, pages.shape, stored, start, rope);
         Ok(())
@@ -134,7 +142,14 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn attend_rows(&self, pages: &Pages, at: At<'_>, qkv: &Rows, geometry: &Geometry, positions: &[u32]) -> Rows {
+    fn attend_rows(
+        &self,
+        pages: &Pages,
+        at: At<'_>,
+        qkv: &Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+    ) -> Rows {
         let mut out = Rows::zeros(qkv.rows(), geometry.heads * geometry.head_dim);
         let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
         attend_rows(&pages.view(at), queries, &mut out.data);

@@ -88,7 +88,13 @@ pub struct Probe {
 
 impl Probe {
     /// Looks at `layers`, from the rows at or after `from_position`, over columns `0..columns`.
-    pub fn new(from_position: u32, columns: usize, layers: Range<usize>, heads: Reduce, rows: Reduce) -> Self {
+    pub fn new(
+        from_position: u32,
+        columns: usize,
+        layers: Range<usize>,
+        heads: Reduce,
+        rows: Reduce,
+    ) -> Self {
         Self { from_position, columns, layers, heads, rows, sums: vec![0.0; columns], weight: 0.0 }
     }
 
@@ -132,7 +138,8 @@ impl<'a> Pass<'a> {
 
 impl<D: Device> Decoder<D> {
     pub(crate) fn assemble(device: Arc<D>, config: Config, weights: Weights<D>) -> Self {
-        let rope = RopeTable::new(config.head_dim, config.max_positions, config.rope_theta, config.rope_scaling);
+        let rope =
+            RopeTable::new(config.head_dim, config.max_positions, config.rope_theta, config.rope_scaling);
         Self { device, config: Arc::new(config), weights: Arc::new(weights), rope: Arc::new(rope) }
     }
 
@@ -166,7 +173,13 @@ impl<D: Device> Decoder<D> {
     ///
     /// # Errors
     /// A device fault.
-    pub fn place(&self, pages: &mut D::Pages, table: &[u32], kv: &ChunkKv, start: usize) -> Result<(), Error> {
+    pub fn place(
+        &self,
+        pages: &mut D::Pages,
+        table: &[u32],
+        kv: &ChunkKv,
+        start: usize,
+    ) -> Result<(), Error> {
         for (layer, kv) in kv.layers().iter().enumerate() {
             self.device.place(pages, At { layer, table }, kv, start, &self.rope)?;
         }

@@ -99,7 +99,10 @@ fn build<D: Device>(
 fn from_tensors(tensors: &HashMap<String, Tensor>, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
     let tensor = tensors.get(name).ok_or_else(|| Error::Weights(format!("{name} is missing")))?;
     if tensor.dims() != shape {
-        return Err(Error::Weights(format!("{name} has shape {:?}, config.json says {shape:?}", tensor.dims())));
+        return Err(Error::Weights(format!(
+            "{name} has shape {:?}, config.json says {shape:?}",
+            tensor.dims()
+        )));
     }
     Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
@@ -132,7 +135,8 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     if !index.exists() {
         return Ok(vec![dir.join("model.safetensors")]);
     }
-    let text = std::fs::read_to_string(&index).map_err(|source| Error::Read { path: index.clone(), source })?;
+    let text =
+        std::fs::read_to_string(&index).map_err(|source| Error::Read { path: index.clone(), source })?;
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| Error::Weights(format!("{}: {e}", index.display())))?;
     let names = value["weight_map"].as_object().into_iter().flat_map(|map| map.values());

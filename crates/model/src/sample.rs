@@ -62,7 +62,11 @@ pub struct StopTexts {
 impl StopTexts {
     /// Ends the text before the first of `stops` (empty ones are ignored).
     pub fn new(stops: impl IntoIterator<Item = String>) -> Self {
-        Self { stops: stops.into_iter().filter(|s| !s.is_empty()).collect(), text: String::new(), released: 0 }
+        Self {
+            stops: stops.into_iter().filter(|s| !s.is_empty()).collect(),
+            text: String::new(),
+            released: 0,
+        }
     }
 
     /// Adds text; returns what may be shown now and whether a stop was reached. Text that could still

@@ -91,7 +91,8 @@ fn another_rotation_base_and_another_pairing_miss_by_far() {
 fn repaired_pairing(name: &str, dir: &Path) -> Decoder<Cpu> {
     let config = Config::from_dir(&fixture(name)).unwrap();
     let device = candle_core::Device::Cpu;
-    let mut tensors = candle_core::safetensors::load(fixture(name).join("model.safetensors"), &device).unwrap();
+    let mut tensors =
+        candle_core::safetensors::load(fixture(name).join("model.safetensors"), &device).unwrap();
     let dim = config.head_dim as u32;
     for (key, tensor) in &mut tensors {
         if key.contains("q_proj") || key.contains("k_proj") {
@@ -154,7 +155,8 @@ fn row_blocks_and_one_pass_give_the_same_rows() {
     let (a, b) = (allocator.sequence(count).unwrap(), allocator.sequence(count).unwrap());
     let mut pages = ours.pages(200).unwrap();
     let blocks = ours.forward(&mut pages, Pass::new(&ids, &positions, a.table())).unwrap();
-    let one = ours.forward_layered(&mut pages, Pass::new(&ids, &positions, b.table()), &mut |_, _| Ok(())).unwrap();
+    let one =
+        ours.forward_layered(&mut pages, Pass::new(&ids, &positions, b.table()), &mut |_, _| Ok(())).unwrap();
     assert!(relative_error(&blocks, &one) < TOLERANCE);
 }
 
@@ -192,7 +194,8 @@ fn one_stale_row_changes_what_stands_behind_it_and_nothing_before() {
     let (repaired, exact) = (&repaired.layers()[last], &exact.layers()[last]);
     let mut rounding = 0.0f32;
     for (index, &row) in rows.iter().enumerate() {
-        let of = |kv: &cacheclip_model::kv::LayerKv, token: usize| kv.k()[token * dim..(token + 1) * dim].to_vec();
+        let of =
+            |kv: &cacheclip_model::kv::LayerKv, token: usize| kv.k()[token * dim..(token + 1) * dim].to_vec();
         let error = relative_error(&of(repaired, index), &of(exact, row as usize));
         if row < hole {
             assert!(error < TOLERANCE, "row {row} stands before the hole and differs by {error:.1e}");

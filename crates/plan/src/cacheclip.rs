@@ -92,7 +92,8 @@ struct Picker<'a> {
 impl<'a> Picker<'a> {
     fn new(assembly: &'a Assembly, settings: &Settings, scores: &'a [f32]) -> Self {
         let rows = assembly.reused().len();
-        let chunk = (0..assembly.chunks()).flat_map(|i| std::iter::repeat_n(i, assembly.chunk(i).len())).collect();
+        let chunk =
+            (0..assembly.chunks()).flat_map(|i| std::iter::repeat_n(i, assembly.chunk(i).len())).collect();
         Self {
             assembly,
             window: settings.window.max(1),
@@ -135,7 +136,8 @@ impl<'a> Picker<'a> {
 
     fn take_windows(&mut self, budget: usize) {
         let base = self.assembly.reused().start;
-        let starts: Vec<usize> = self.assembly.candidates().flat_map(|(_, rows)| rows).map(|row| row - base).collect();
+        let starts: Vec<usize> =
+            self.assembly.candidates().flat_map(|(_, rows)| rows).map(|row| row - base).collect();
         for start in starts {
             self.push(start);
         }
@@ -163,7 +165,8 @@ impl<'a> Picker<'a> {
     /// whole runs.
     fn best_run<'b>(&self, open: &'b [usize], room: usize) -> &'b [usize] {
         let sum = |run: &[usize]| run.iter().map(|&row| self.scores[row]).sum::<f32>();
-        let best = open.windows(room).enumerate().max_by(|a, b| sum(a.1).total_cmp(&sum(b.1)).then(b.0.cmp(&a.0)));
+        let best =
+            open.windows(room).enumerate().max_by(|a, b| sum(a.1).total_cmp(&sum(b.1)).then(b.0.cmp(&a.0)));
         best.map_or(&open[..room], |(_, run)| run)
     }
 
@@ -200,6 +203,11 @@ impl<'a> Picker<'a> {
 
     fn into_rows(self) -> Vec<u32> {
         let base = self.assembly.reused().start;
-        self.chosen.iter().enumerate().filter(|(_, chosen)| **chosen).map(|(row, _)| (row + base) as u32).collect()
+        self.chosen
+            .iter()
+            .enumerate()
+            .filter(|(_, chosen)| **chosen)
+            .map(|(row, _)| (row + base) as u32)
+            .collect()
     }
 }

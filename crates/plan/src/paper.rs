@@ -12,11 +12,19 @@ const WINDOW: usize = 8;
 const DENSITY: usize = 5;
 
 /// `spans[c]` are the byte spans of chunk `c`'s rows, `scored[c]` its auxiliary tokens.
-pub(crate) fn grouped(assembly: &Assembly, spans: &[&[ByteSpan]], scored: &[Vec<Scored>], ratio: f32) -> Vec<u32> {
+pub(crate) fn grouped(
+    assembly: &Assembly,
+    spans: &[&[ByteSpan]],
+    scored: &[Vec<Scored>],
+    ratio: f32,
+) -> Vec<u32> {
     let tokens: usize = scored.iter().map(Vec::len).sum();
     let keep = (ratio as f64 * tokens as f64).floor() as usize;
-    let mut order: Vec<(usize, usize)> =
-        scored.iter().enumerate().flat_map(|(chunk, set)| (0..set.len()).map(move |token| (chunk, token))).collect();
+    let mut order: Vec<(usize, usize)> = scored
+        .iter()
+        .enumerate()
+        .flat_map(|(chunk, set)| (0..set.len()).map(move |token| (chunk, token)))
+        .collect();
     order.sort_by(|a, b| scored[b.0][b.1].score.total_cmp(&scored[a.0][a.1].score).then(a.cmp(b)));
     let mut chosen: Vec<Vec<Scored>> = vec![Vec::new(); scored.len()];
     let mut kept = order[..keep.min(order.len())].to_vec();

@@ -23,7 +23,7 @@ pub(crate) struct Chunk {
 /// How a question is run over the chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
-    /// Once over all chunks, every layer; mean over layers, heads and question tokens.
+    /// Once over all chunks, every layer; mean over layers of the largest over heads and question tokens.
     Joint,
     /// As published: per chunk alone, last layer, mean over heads and question tokens.
     Paper,
@@ -75,10 +75,20 @@ impl Auxiliary {
         let workspaces = (0..concurrency)
             .map(|_| {
                 let allocator = Allocator::new(cacheclip_kernels::page::pages_for(context));
-                Ok(Workspace { pages: decoder.pages(allocator.total())?, sequence: allocator.sequence(context)? })
+                Ok(Workspace {
+                    pages: decoder.pages(allocator.total())?,
+                    sequence: allocator.sequence(context)?,
+                })
             })
             .collect::<Result<_, Error>>()?;
-        Ok(Self { decoder, composer, anchor, prefixes: Cache::new(PREFIXES), max_question, workspaces: Mutex::new(workspaces) })
+        Ok(Self {
+            decoder,
+            composer,
+            anchor,
+            prefixes: Cache::new(PREFIXES),
+            max_question,
+            workspaces: Mutex::new(workspaces),
+        })
     }
 
     /// Longest sequence of the auxiliary model.
@@ -167,25 +177,33 @@ impl Auxiliary {
         }
         let end = starts[starts.len() - 1];
         if end + question.len() > self.context() {
-            let why = format!("{} auxiliary tokens, the context holds {}", end + question.len(), self.context());
+            let why =
+                format!("{} auxiliary tokens, the context holds {}", end + question.len(), self.context());
             return Err(Error::Invalid { field: "chunks", why });
         }
         let positions: Vec<u32> = (end as u32..(end + question.len()) as u32).collect();
-        let mut probe = Probe::new(positions[0], end, layers, Reduce::Mean, Reduce::Mean);
+        let reduce = if layers.len() == 1 { Reduce::Mean } else { Reduce::Max };
+        let mut probe = Probe::new(positions[0], end, layers, reduce, reduce);
         self.with_workspace(|workspace| {
             let table = workspace.sequence.table();
             self.decoder.place(&mut workspace.pages, table, prefix, 0)?;
             for (chunk, &start) in chunks.iter().zip(&starts) {
                 self.decoder.place(&mut workspace.pages, table, &chunk.kv, start)?;
             }
-            let pass =
-                Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(question, &positions, table) };
+            let pass = Pass {
+                logits: Logits::None,
+                probe: Some(&mut probe),
+                ..Pass::new(question, &positions, table)
+            };
             self.decoder.forward(&mut workspace.pages, pass)
         })?;
         let scores = probe.scores();
         let of_chunk = |(chunk, &start): (&Chunk, &usize)| {
             let spans = chunk.spans.iter().zip(&scores[start..]);
-            spans.filter(|(span, _)| span.start < span.end).map(|(&span, &score)| Scored { span, score }).collect()
+            spans
+                .filter(|(span, _)| span.start < span.end)
+                .map(|(&span, &score)| Scored { span, score })
+                .collect()
         };
         Ok(chunks.iter().zip(&starts).map(of_chunk).collect())
     }
@@ -201,8 +219,11 @@ impl Auxiliary {
         let mut export = Export::default();
         self.with_workspace(|workspace| {
             let table = workspace.sequence.table();
-            let pass =
-                Pass { logits: Logits::None, export: Some(&mut export), ..Pass::new(&all, &positions, table) };
+            let pass = Pass {
+                logits: Logits::None,
+                export: Some(&mut export),
+                ..Pass::new(&all, &positions, table)
+            };
             self.decoder.forward(&mut workspace.pages, pass)
         })?;
         Ok(export.finish(behind.len(), self.decoder.config().head_dim))

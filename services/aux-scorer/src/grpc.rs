@@ -100,7 +100,10 @@ impl v1::scorer_server::Scorer for Service {
         Ok(Response::new(response))
     }
 
-    async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::PrepareResponse>, Status> {
+    async fn prepare(
+        &self,
+        request: Request<v1::PrepareRequest>,
+    ) -> Result<Response<v1::PrepareResponse>, Status> {
         let request = request.into_inner();
         let response = self
             .0

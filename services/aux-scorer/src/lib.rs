@@ -36,7 +36,12 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         let certificate = certificate::certify(&loaded.decoder)?;
         tracing::info!(%certificate, "auxiliary instance certified");
         let composer = Composer::from_dir(&settings.model_dir)?;
-        Ok(Auxiliary::new(loaded.decoder, composer, settings.max_question_tokens, settings.concurrency.max(1))?)
+        Ok(Auxiliary::new(
+            loaded.decoder,
+            composer,
+            settings.max_question_tokens,
+            settings.concurrency.max(1),
+        )?)
     })
     .await?
     .with_context(|| format!("auxiliary model {}", options.model_dir.display()))?;

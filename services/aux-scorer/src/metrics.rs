@@ -9,7 +9,10 @@ const CACHE: &str = "cacheclip_scorer_cache_used_bytes";
 /// Registers descriptions and the zero values of series that may never move.
 pub fn describe() {
     describe_histogram!(LATENCY, Unit::Seconds, "One scoring, auxiliary KV of unknown chunks included");
-    describe_counter!(CHUNKS, "Chunks of requests by how their auxiliary KV was had: cached, computed, text_needed");
+    describe_counter!(
+        CHUNKS,
+        "Chunks of requests by how their auxiliary KV was had: cached, computed, text_needed"
+    );
     describe_gauge!(CACHE, Unit::Bytes, "Auxiliary chunk KV in RAM");
     for result in ["cached", "computed", "text_needed"] {
         counter!(CHUNKS, "result" => result).increment(0);

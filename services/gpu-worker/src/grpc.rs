@@ -128,7 +128,8 @@ impl Shared {
             (found, received.elapsed().as_secs_f64())
         };
         // Loading and scoring run side by side; the slower of the two is what the request waits for.
-        let ((found, load_seconds), arrived) = tokio::join!(load, self.importance(&request, inbound, received));
+        let ((found, load_seconds), arrived) =
+            tokio::join!(load, self.importance(&request, inbound, received));
         let found = found.map_err(to_status)?;
         let (rung, set) = self.rung(&request, &found, &arrived)?;
         loader::count(&request.wanted, &found);
@@ -185,7 +186,12 @@ impl Shared {
     }
 
     /// The best rung for what has arrived, with the set to use on it.
-    fn rung(&self, request: &Request, found: &[Found], arrived: &Arrived) -> Result<(Rung, Option<Set>), Status> {
+    fn rung(
+        &self,
+        request: &Request,
+        found: &[Found],
+        arrived: &Arrived,
+    ) -> Result<(Rung, Option<Set>), Status> {
         if !request.policy.needs_scores() || request.assembly.candidate_rows() == 0 {
             return Ok((Rung::None, None));
         }
@@ -198,7 +204,10 @@ impl Shared {
         } else {
             tracing::warn!(%rung, reason = arrived.unavailable, "no importance sets");
             if request.strict {
-                return Err(unavailable(format!("strict: importance sets are missing: {}", arrived.unavailable)));
+                return Err(unavailable(format!(
+                    "strict: importance sets are missing: {}",
+                    arrived.unavailable
+                )));
             }
         }
         Ok((rung, arrived.set.clone().or(cached)))

@@ -106,7 +106,9 @@ impl Loader {
                 // A store that cannot be asked must not make ingest compute again what RAM holds.
                 let kept = |(entry, key): (&Located, &ChunkKey)| match entry {
                     Located::Found { .. } => true,
-                    Located::Missing(MissReason::Unavailable | MissReason::Timeout) => self.ram.get(key).is_some(),
+                    Located::Missing(MissReason::Unavailable | MissReason::Timeout) => {
+                        self.ram.get(key).is_some()
+                    }
                     Located::Missing(_) => false,
                 };
                 located.iter().zip(&keys).map(kept).collect()
@@ -233,8 +235,7 @@ impl Partial {
 
     fn finish(self, layers: usize) -> Option<(Section, Tier)> {
         let complete = self.fits && self.layers.len() == layers;
-        let section =
-            Section { kv: ChunkKv::new(self.layers), rank: self.rank, container_bytes: self.bytes };
+        let section = Section { kv: ChunkKv::new(self.layers), rank: self.rank, container_bytes: self.bytes };
         complete.then_some((section, self.tier))
     }
 }

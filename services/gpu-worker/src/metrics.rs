@@ -24,7 +24,10 @@ pub fn describe() {
     describe_histogram!(REALISED, "Recomputed share of the reused chunk rows");
     describe_gauge!(PAGES_USED, "KV pages held by running sequences");
     describe_gauge!(PAGES_TOTAL, "KV pages there are");
-    describe_counter!(WRITES, "Chunks offered to the store, by outcome: stored, existed, no_room, dropped, failed");
+    describe_counter!(
+        WRITES,
+        "Chunks offered to the store, by outcome: stored, existed, no_room, dropped, failed"
+    );
     describe_gauge!(RAM, Unit::Bytes, "Decoded chunk KV in the worker's RAM");
     for reason in ["selected", "miss", "fallback"] {
         counter!(RECOMPUTED, "reason" => reason).increment(0);

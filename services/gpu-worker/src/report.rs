@@ -41,7 +41,9 @@ pub(crate) fn done(
         rows_repaired: selection.counts.repaired as u32,
         rows_stale: selection.counts.stale as u32,
         rows_question: assembly.question().len() as u32,
-        chunks: (0..assembly.chunks()).map(|index| chunk(request, found, rung, index, &selection.rows)).collect(),
+        chunks: (0..assembly.chunks())
+            .map(|index| chunk(request, found, rung, index, &selection.rows))
+            .collect(),
         stages: stages
             .iter()
             .map(|(name, seconds)| v1::Stage { name: (*name).to_owned(), seconds: *seconds })
@@ -98,7 +100,8 @@ mod tests {
 
     #[test]
     fn neighbouring_rows_read_as_one_piece_of_text() {
-        let spans = [(0, 4), (4, 9), (12, 13), (13, 13), (13, 15)].map(|(start, end)| ByteSpan { start, end });
+        let spans =
+            [(0, 4), (4, 9), (12, 13), (13, 13), (13, 15)].map(|(start, end)| ByteSpan { start, end });
         let got: Vec<(u32, u32)> = merged(spans.into_iter()).iter().map(|s| (s.start, s.end)).collect();
         assert_eq!(got, [(0, 9), (12, 15)]);
     }

@@ -57,7 +57,12 @@ impl Limits {
 
 impl Request {
     /// Checks everything about a request that can be wrong.
-    pub(crate) fn parse(sections: v1::Sections, layout: &Layout, anchor: &[u32], limits: &Limits) -> Result<Self, Status> {
+    pub(crate) fn parse(
+        sections: v1::Sections,
+        layout: &Layout,
+        anchor: &[u32],
+        limits: &Limits,
+    ) -> Result<Self, Status> {
         check_layout(&sections.layout, layout)?;
         let prefix = section("prefix", sections.prefix.unwrap_or_default(), limits, false)?;
         let mut wanted = vec![prefix];
@@ -124,7 +129,11 @@ impl Request {
 }
 
 /// Chunks of a precompute request.
-pub(crate) fn chunks(request: v1::PrecomputeRequest, layout: &Layout, limits: &Limits) -> Result<Vec<Wanted>, Status> {
+pub(crate) fn chunks(
+    request: v1::PrecomputeRequest,
+    layout: &Layout,
+    limits: &Limits,
+) -> Result<Vec<Wanted>, Status> {
     check_layout(&request.layout, layout)?;
     let check = |(index, chunk)| section(&format!("chunks[{index}]"), chunk, limits, true);
     request.chunks.into_iter().enumerate().map(check).collect()
@@ -148,11 +157,17 @@ fn check_layout(bytes: &[u8], layout: &Layout) -> Result<(), Status> {
     if theirs == layout.id { Ok(()) } else { Err(layout_mismatch(layout.id, theirs)) }
 }
 
-fn section(field: &str, section: v1::TokenSection, limits: &Limits, anchored: bool) -> Result<Wanted, Status> {
+fn section(
+    field: &str,
+    section: v1::TokenSection,
+    limits: &Limits,
+    anchored: bool,
+) -> Result<Wanted, Status> {
     check_ids(field, &section.ids, limits)?;
     let behind = if anchored { limits.anchor } else { 0 };
     if behind + section.ids.len() > limits.max_tokens {
-        let why = format!("{} tokens behind an anchor of {behind} exceed {}", section.ids.len(), limits.max_tokens);
+        let why =
+            format!("{} tokens behind an anchor of {behind} exceed {}", section.ids.len(), limits.max_tokens);
         return Err(invalid(field, why));
     }
     let spans = convert::spans(&format!("{field}.spans"), &section.spans, section.ids.len())?;
@@ -165,14 +180,19 @@ fn check_ids(field: &str, ids: &[u32], limits: &Limits) -> Result<(), Status> {
         return Err(invalid(field, "must not be empty"));
     }
     match ids.iter().find(|&&id| id as usize >= limits.vocab) {
-        Some(id) => Err(invalid(field, format!("token id {id} is outside the vocabulary of {}", limits.vocab))),
+        Some(id) => {
+            Err(invalid(field, format!("token id {id} is outside the vocabulary of {}", limits.vocab)))
+        }
         None => Ok(()),
     }
 }
 
 fn sampling_options(sampling: &v1::Sampling) -> Result<sample::Options, Status> {
     if !(0.0..=100.0).contains(&sampling.temperature) {
-        return Err(invalid("sampling.temperature", format!("{} is not within 0..100", sampling.temperature)));
+        return Err(invalid(
+            "sampling.temperature",
+            format!("{} is not within 0..100", sampling.temperature),
+        ));
     }
     if !(0.0..=1.0).contains(&sampling.top_p) {
         return Err(invalid("sampling.top_p", format!("{} is not within 0..1", sampling.top_p)));

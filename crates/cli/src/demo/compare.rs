@@ -19,7 +19,10 @@ pub(crate) struct Answer {
 }
 
 /// Asks once and waits for the end.
-pub(crate) async fn ask(client: &mut GatewayClient<Channel>, request: GenerateRequest) -> anyhow::Result<Answer> {
+pub(crate) async fn ask(
+    client: &mut GatewayClient<Channel>,
+    request: GenerateRequest,
+) -> anyhow::Result<Answer> {
     let began = Instant::now();
     let mut events = client.generate(request).await?.into_inner();
     let mut first = None;
@@ -57,7 +60,8 @@ pub(crate) async fn ask_all_ways(
     question: &Question,
     ratio: Option<f32>,
 ) -> anyhow::Result<QuestionReport> {
-    let chunks: Vec<String> = question.chunks.iter().map(|&index| corpus.documents[index].text.clone()).collect();
+    let chunks: Vec<String> =
+        question.chunks.iter().map(|&index| corpus.documents[index].text.clone()).collect();
     let asked = |policy: &str| request(chunks.clone(), &question.text, policy, 24);
     // A salt of its own narrows reuse to this request: nothing is known of its chunks.
     let cold = GenerateRequest { salt: format!("cold {}", question.text), ratio, ..asked("cacheclip") };

@@ -182,7 +182,8 @@ impl Report {
             .collect();
         text::line("");
         text::line("Answers (= as full prefill, ! not), and milliseconds to the first token:");
-        let header = ["question", "full prefill", "cacheclip", "stale", "ratio", "hits", "cold", "full", "reuse"];
+        let header =
+            ["question", "full prefill", "cacheclip", "stale", "ratio", "hits", "cold", "full", "reuse"];
         text::table(&header, &rows);
         if let Some(row) = &self.timing_row {
             row.print();
@@ -194,7 +195,9 @@ impl Report {
     fn print_example(&self, corpus: &Corpus) {
         let Some(q) = self.questions.iter().find(|q| q.family == Family::TwoLinks) else { return };
         text::line("");
-        text::line("One of the questions, its reports in this order; what CacheClip recomputed stands in [brackets]:");
+        text::line(
+            "One of the questions, its reports in this order; what CacheClip recomputed stands in [brackets]:",
+        );
         for chunk in &q.chunks {
             let text = &corpus.documents[chunk.document].text;
             text::line(format_args!("  {}", bracketed(text, &chunk.recomputed_bytes)));
@@ -284,7 +287,9 @@ mod tests {
 
     fn verdict(kept: usize, lost: usize, ratio: f32) -> Summary {
         let questions: Vec<QuestionReport> = (0..24)
-            .map(|i| question(if i < kept { "a b." } else { "c d." }, if i < lost { "x" } else { "a b." }, ratio))
+            .map(|i| {
+                question(if i < kept { "a b." } else { "c d." }, if i < lost { "x" } else { "a b." }, ratio)
+            })
             .collect();
         Summary::judge(&questions, None)
     }

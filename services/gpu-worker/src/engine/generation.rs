@@ -154,7 +154,11 @@ impl Running {
     }
 
     /// Decodes and emits one token; false when the sequence has ended.
-    pub(super) fn step(&mut self, decoder: &Decoder<Compute>, pages: &mut <Compute as Device>::Pages) -> bool {
+    pub(super) fn step(
+        &mut self,
+        decoder: &Decoder<Compute>,
+        pages: &mut <Compute as Device>::Pages,
+    ) -> bool {
         if self.events.is_closed() {
             return false;
         }

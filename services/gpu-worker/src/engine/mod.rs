@@ -50,8 +50,15 @@ pub(crate) enum Error {
 
 enum Job {
     /// Canonical KV of a section: computed behind `behind` (empty for a prefix).
-    Canonical { behind: Arc<[u32]>, ids: Vec<u32>, reply: oneshot::Sender<Result<Canonical, Error>> },
-    Generate { generation: Box<Generation>, events: mpsc::Sender<Event> },
+    Canonical {
+        behind: Arc<[u32]>,
+        ids: Vec<u32>,
+        reply: oneshot::Sender<Result<Canonical, Error>>,
+    },
+    Generate {
+        generation: Box<Generation>,
+        events: mpsc::Sender<Event>,
+    },
 }
 
 impl Job {
@@ -99,7 +106,15 @@ impl Engine {
         let (jobs, inbox) = mpsc::channel(queue);
         let allocator = Allocator::new(pages);
         let pages = decoder.pages(allocator.total())?;
-        let state = Thread { decoder, tokenizer, pages, allocator, waiting: VecDeque::new(), running: Vec::new(), queue };
+        let state = Thread {
+            decoder,
+            tokenizer,
+            pages,
+            allocator,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            queue,
+        };
         std::thread::Builder::new().name("engine".into()).spawn(move || state.run(inbox))?;
         Ok(Self { jobs })
     }

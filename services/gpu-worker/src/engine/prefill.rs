@@ -24,7 +24,12 @@ pub(crate) const RANK_VERSION: u16 = 1;
 
 impl Thread {
     /// Computes a section behind its anchor and strips the anchor.
-    pub(super) fn canonical(&mut self, behind: &[u32], ids: &[u32], sequence: &Sequence) -> Result<Canonical, Error> {
+    pub(super) fn canonical(
+        &mut self,
+        behind: &[u32],
+        ids: &[u32],
+        sequence: &Sequence,
+    ) -> Result<Canonical, Error> {
         let all = [behind, ids].concat();
         let positions: Vec<u32> = (0..all.len() as u32).collect();
         let mut export = Export::default();
@@ -52,7 +57,8 @@ impl Thread {
         let table = sequence.table();
         let (logits, selection) = if generation.in_context() {
             let positions: Vec<u32> = (0..generation.ids.len() as u32).collect();
-            let logits = self.decoder.forward(&mut self.pages, Pass::new(&generation.ids, &positions, table))?;
+            let logits =
+                self.decoder.forward(&mut self.pages, Pass::new(&generation.ids, &positions, table))?;
             lap("prefill");
             (logits, Selection::in_context(&generation.assembly, generation.nominal()))
         } else {
@@ -84,7 +90,7 @@ impl Thread {
         let (question, reused) = (generation.assembly.question(), generation.assembly.reused());
         let positions: Vec<u32> = (question.start as u32..question.end as u32).collect();
         let layers = 0..self.decoder.config().layers;
-        let mut probe = Probe::new(positions[0], reused.end, layers, Reduce::Mean, Reduce::Mean);
+        let mut probe = Probe::new(positions[0], reused.end, layers, Reduce::Max, Reduce::Max);
         let ids = &generation.ids[question];
         let pass =
             Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(ids, &positions, table) };
