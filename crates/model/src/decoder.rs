@@ -82,6 +82,7 @@ pub struct Probe {
     pub heads: Reduce,
     /// Reduction over rows.
     pub rows: Reduce,
+    across: Reduce,
     sums: Vec<f32>,
     weight: f32,
 }
@@ -95,16 +96,38 @@ impl Probe {
         heads: Reduce,
         rows: Reduce,
     ) -> Self {
-        Self { from_position, columns, layers, heads, rows, sums: vec![0.0; columns], weight: 0.0 }
+        Self {
+            from_position,
+            columns,
+            layers,
+            heads,
+            rows,
+            across: Reduce::Mean,
+            sums: vec![0.0; columns],
+            weight: 0.0,
+        }
     }
 
-    /// Score per column, `[columns]`: mean over the layers (and over row blocks) looked at.
+    /// Takes the largest over layers instead of the mean.
+    pub fn largest_over_layers(self) -> Self {
+        Self { across: Reduce::Max, ..self }
+    }
+
+    /// Score per column, `[columns]`: mean (or largest) over the layers (and over row blocks) looked at.
     pub fn scores(&self) -> Vec<f32> {
-        self.sums.iter().map(|sum| sum / self.weight.max(f32::MIN_POSITIVE)).collect()
+        match self.across {
+            Reduce::Mean => self.sums.iter().map(|sum| sum / self.weight.max(f32::MIN_POSITIVE)).collect(),
+            Reduce::Max => self.sums.clone(),
+        }
     }
 
     fn add(&mut self, values: &[f32], rows: usize) {
-        self.sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * rows as f32);
+        match self.across {
+            Reduce::Mean => {
+                self.sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * rows as f32)
+            }
+            Reduce::Max => self.sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum = sum.max(value)),
+        }
         self.weight += rows as f32;
     }
 }

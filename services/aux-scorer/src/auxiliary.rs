@@ -10,6 +10,10 @@ use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use std::ops::Range;
 
+/// Rounds of closure: one per link that may stand between a question and its answer.
+const FOLLOW_ROUNDS: usize = 2;
+/// Share of the auxiliary tokens that is followed in each round.
+const FOLLOW_SHARE: f32 = 0.02;
 /// Prompt heads whose KV is kept.
 const PREFIXES: usize = 64;
 
@@ -18,6 +22,7 @@ const PREFIXES: usize = 64;
 pub(crate) struct Chunk {
     pub(crate) kv: ChunkKv,
     pub(crate) spans: std::sync::Arc<[ByteSpan]>,
+    pub(crate) ids: std::sync::Arc<[u32]>,
 }
 
 /// How a question is run over the chunks.
@@ -100,7 +105,7 @@ impl Auxiliary {
     pub(crate) fn chunk(&self, text: &str) -> Result<Chunk, Error> {
         let section = self.composer.chunk(text)?;
         let kv = self.section(&self.anchor, &section.ids)?;
-        Ok(Chunk { kv, spans: section.spans.into() })
+        Ok(Chunk { kv, spans: section.spans.into(), ids: section.ids.into() })
     }
 
     /// Scores of every auxiliary token of every chunk for `question`.
@@ -184,20 +189,25 @@ impl Auxiliary {
         let positions: Vec<u32> = (end as u32..(end + question.len()) as u32).collect();
         let reduce = if layers.len() == 1 { Reduce::Mean } else { Reduce::Max };
         let mut probe = Probe::new(positions[0], end, layers, reduce, reduce);
-        self.with_workspace(|workspace| {
+        let follows = layers.len() > 1;
+        let scores = self.with_workspace(|workspace| {
+            self.assemble(workspace, prefix, chunks, &starts)?;
             let table = workspace.sequence.table();
-            self.decoder.place(&mut workspace.pages, table, prefix, 0)?;
-            for (chunk, &start) in chunks.iter().zip(&starts) {
-                self.decoder.place(&mut workspace.pages, table, &chunk.kv, start)?;
-            }
             let pass = Pass {
                 logits: Logits::None,
                 probe: Some(&mut probe),
                 ..Pass::new(question, &positions, table)
             };
-            self.decoder.forward(&mut workspace.pages, pass)
+            self.decoder.forward(&mut workspace.pages, pass)?;
+            let mut scores = probe.scores();
+            if follows {
+                for _ in 0..FOLLOW_ROUNDS {
+                    self.assemble(workspace, prefix, chunks, &starts)?;
+                    self.follow(workspace, chunks, &starts, &mut scores)?;
+                }
+            }
+            Ok(scores)
         })?;
-        let scores = probe.scores();
         let of_chunk = |(chunk, &start): (&Chunk, &usize)| {
             let spans = chunk.spans.iter().zip(&scores[start..]);
             spans
@@ -206,6 +216,60 @@ impl Auxiliary {
                 .collect()
         };
         Ok(chunks.iter().zip(&starts).map(of_chunk).collect())
+    }
+
+    /// Places prefix and chunks, all canonical.
+    fn assemble(
+        &self,
+        workspace: &mut Workspace,
+        prefix: &ChunkKv,
+        chunks: &[Chunk],
+        starts: &[usize],
+    ) -> Result<(), cacheclip_model::Error> {
+        let table = workspace.sequence.table();
+        self.decoder.place(&mut workspace.pages, table, prefix, 0)?;
+        for (chunk, &start) in chunks.iter().zip(starts) {
+            self.decoder.place(&mut workspace.pages, table, &chunk.kv, start)?;
+        }
+        Ok(())
+    }
+
+    /// Closure: the best tokens, computed again in context, point on to tokens of *other* chunks — a link's
+    /// token looks for its source. What they attend to is scored by the largest attention over heads and
+    /// layers, times the score of the token that points.
+    fn follow(
+        &self,
+        workspace: &mut Workspace,
+        chunks: &[Chunk],
+        starts: &[usize],
+        scores: &mut [f32],
+    ) -> Result<(), cacheclip_model::Error> {
+        let (first, end) = (starts[0], starts[starts.len() - 1]);
+        let peak = scores[first..end].iter().fold(f32::MIN_POSITIVE, |a, &b| a.max(b));
+        scores.iter_mut().for_each(|score| *score /= peak);
+        let mut best: Vec<usize> = (first..end).collect();
+        best.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+        best.truncate((((end - first) as f32 * FOLLOW_SHARE).round() as usize).max(1));
+        best.sort_unstable();
+        let layers = 0..self.decoder.config().layers;
+        let mut total = scores.to_vec();
+        for position in best {
+            let chunk = starts.partition_point(|&start| start <= position) - 1;
+            let own = starts[chunk]..starts[chunk + 1];
+            let (ids, at) = ([chunks[chunk].ids[position - own.start]], [position as u32]);
+            let mut probe =
+                Probe::new(at[0], end, layers.clone(), Reduce::Max, Reduce::Max).largest_over_layers();
+            let table = workspace.sequence.table();
+            let pass = Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(&ids, &at, table) };
+            self.decoder.forward(&mut workspace.pages, pass)?;
+            for (column, attention) in probe.scores().into_iter().enumerate().skip(first) {
+                if !own.contains(&column) {
+                    total[column] = total[column].max(attention * scores[position]);
+                }
+            }
+        }
+        scores.copy_from_slice(&total);
+        Ok(())
     }
 
     /// Position-free KV of `ids` behind `behind`.

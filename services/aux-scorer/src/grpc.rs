@@ -22,7 +22,7 @@ pub(crate) struct ByBytes;
 
 impl Weighter<Digest, Chunk> for ByBytes {
     fn weight(&self, _: &Digest, chunk: &Chunk) -> u64 {
-        (chunk.kv.bytes() + chunk.spans.len() * 8 + 128) as u64
+        (chunk.kv.bytes() + chunk.spans.len() * 12 + 128) as u64
     }
 }
 

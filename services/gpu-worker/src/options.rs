@@ -63,7 +63,7 @@ impl Default for Options {
             load_timeout_seconds: 10.0,
             write_queue: 64,
             fuse_static_rank: false,
-            probe: true,
+            probe: false,
         }
     }
 }
