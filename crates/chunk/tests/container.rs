@@ -1,4 +1,5 @@
 //! What the container promises whatever the bytes: what was encoded comes back, and damage is an error.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use bytes::Bytes;
 use cacheclip_chunk::container::head::{HEADER_LEN, MAX_HEAD_LEN};

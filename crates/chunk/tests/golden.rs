@@ -1,4 +1,5 @@
 //! The golden vectors and files: what other implementations, and later releases of this one, must reproduce.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use bytes::Bytes;
 use cacheclip_chunk::{

@@ -187,9 +187,9 @@ impl Auxiliary {
             return Err(Error::Invalid { field: "chunks", why });
         }
         let positions: Vec<u32> = (end as u32..(end + question.len()) as u32).collect();
+        let follows = layers.len() > 1;
         let reduce = if layers.len() == 1 { Reduce::Mean } else { Reduce::Max };
         let mut probe = Probe::new(positions[0], end, layers, reduce, reduce);
-        let follows = layers.len() > 1;
         let scores = self.with_workspace(|workspace| {
             self.assemble(workspace, prefix, chunks, &starts)?;
             let table = workspace.sequence.table();

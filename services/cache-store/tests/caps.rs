@@ -1,4 +1,5 @@
 //! The byte caps hold whatever is done, as counted on the disk itself.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! What every index promises; run on each implementation.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 use cacheclip_cache_store::index::{Embedded, Entry, Index};
 use cacheclip_chunk::{ChunkKey, ContainerHash, LayoutId};

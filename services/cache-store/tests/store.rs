@@ -1,4 +1,5 @@
 //! What a store promises its clients, over a real port and real files.
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod common;
 
