@@ -63,8 +63,8 @@ impl Fleet {
         };
         worker.store = Some(store.endpoint());
         let worker = cacheclip_gpu_worker::start(worker).await.context("gpu-worker")?;
-        gateway.worker = worker.endpoint();
-        gateway.scorer = scorer.as_ref().map(Running::endpoint);
+        gateway.workers = vec![worker.endpoint()];
+        gateway.scorers = scorer.iter().map(Running::endpoint).collect();
         let gateway = cacheclip_gateway::start(gateway).await.context("gateway")?;
         Ok(Self { gateway, worker, scorer, store })
     }

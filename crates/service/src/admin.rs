@@ -19,9 +19,9 @@ async fn metrics() -> impl IntoResponse {
 }
 
 fn ready(readiness: &Readiness) -> (StatusCode, String) {
-    if readiness.is_ready() {
-        (StatusCode::OK, "ready\n".into())
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", readiness.why()))
+    match (readiness.is_ready(), readiness.why()) {
+        (true, why) if why.is_empty() => (StatusCode::OK, "ready\n".into()),
+        (true, why) => (StatusCode::OK, format!("ready, but: {why}\n")),
+        (false, why) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
     }
 }

@@ -99,7 +99,12 @@ where
         let id = RequestId::of(request.headers());
         let path = request.uri().path().to_owned();
         let infrastructure = path.starts_with("/grpc.");
-        let span = tracing::info_span!("rpc", request_id = %id, method = path.trim_start_matches('/'));
+        let span = tracing::info_span!(
+            "rpc",
+            request_id = %id,
+            trace_id = id.trace().trace_id(),
+            method = path.trim_start_matches('/')
+        );
         let mut record = Record::start(path, span.clone(), infrastructure);
         let admitted = match self.front.admit(infrastructure) {
             Ok(admitted) => admitted,
@@ -108,7 +113,9 @@ where
                 return Box::pin(std::future::ready(Ok(echo(refusal.into_http(), &id))));
             }
         };
-        let deadline = (!infrastructure).then(|| Instant::now() + self.front.timeout);
+        // tonic ends a handler at the caller's deadline, but not the stream that it returned.
+        let patience = timeout_in(request.headers()).map_or(self.front.timeout, |it| it.min(self.front.timeout));
+        let deadline = (!infrastructure).then(|| Instant::now() + patience);
         let handler = request_id::scope(id.clone(), self.inner.call(request)).instrument(span);
         Box::pin(async move {
             let answered = match deadline {
@@ -131,7 +138,7 @@ where
 }
 
 fn overdue() -> Status {
-    Status::deadline_exceeded("the server's own limit on a request's time was reached")
+    Status::deadline_exceeded("the deadline of the caller, or the server's own limit on a request's time, was reached")
 }
 
 fn echo(mut response: Response<Body>, id: &RequestId) -> Response<Body> {
@@ -139,6 +146,22 @@ fn echo(mut response: Response<Body>, id: &RequestId) -> Response<Body> {
         response.headers_mut().insert(HEADER, value);
     }
     response
+}
+
+/// The caller's `grpc-timeout`: up to eight digits and a unit.
+fn timeout_in(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let amount: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    Some(match unit {
+        "H" => Duration::from_secs(amount * 3600),
+        "M" => Duration::from_secs(amount * 60),
+        "S" => Duration::from_secs(amount),
+        "m" => Duration::from_millis(amount),
+        "u" => Duration::from_micros(amount),
+        "n" => Duration::from_nanos(amount),
+        _ => return None,
+    })
 }
 
 fn code_in(headers: &HeaderMap) -> Option<Code> {
@@ -240,6 +263,27 @@ impl Drop for Record {
             tracing::debug!(code, seconds, "answered");
         } else {
             tracing::info!(code, seconds, "answered");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tonic::codegen::http::HeaderValue;
+
+    #[test]
+    fn a_callers_deadline_is_read_as_grpc_writes_it() {
+        let read = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", HeaderValue::from_static(text));
+            timeout_in(&headers)
+        };
+        assert_eq!(read("5S"), Some(Duration::from_secs(5)));
+        assert_eq!(read("1500m"), Some(Duration::from_millis(1500)));
+        assert_eq!(read("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        for bad in ["", "S", "5", "123456789S", "-1S", "5X"] {
+            assert_eq!(read(bad), None, "{bad:?}");
         }
     }
 }

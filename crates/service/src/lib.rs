@@ -25,10 +25,13 @@ mod metrics;
 mod options;
 mod readiness;
 pub mod request_id;
+pub mod residency;
+pub mod resolve;
 mod run;
 mod running;
 mod server;
 pub mod telemetry;
+pub mod trace;
 
 pub use connect::{ConnectOptions, connect, endpoint};
 pub use error::Error;

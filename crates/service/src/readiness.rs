@@ -36,7 +36,7 @@ impl Readiness {
         Self { state: watch::Sender::new(state) }
     }
 
-    /// Says whether requests are welcome; `why` is shown while they are not. A draining server stays not
+    /// Says whether requests are welcome, and why not or with what reservation. A draining server stays not
     /// ready whatever is set afterwards.
     pub fn set(&self, ready: bool, why: &str) {
         self.state.send_if_modified(|state| {
@@ -54,10 +54,9 @@ impl Readiness {
         self.state.borrow().ready
     }
 
-    /// Why they are not; empty when they are.
+    /// Why they are not, or with what reservation they are; often empty.
     pub fn why(&self) -> String {
-        let state = self.state.borrow();
-        if state.ready { String::new() } else { state.why.clone() }
+        self.state.borrow().why.clone()
     }
 
     /// Waits until the server is ready. The caller brings the deadline.

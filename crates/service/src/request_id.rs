@@ -1,9 +1,10 @@
-//! The id that ties one request's log lines together across services.
+//! The id that ties one request's log lines together across services, and its place in a trace.
 //!
-//! It comes in as `x-request-id` metadata or is made here, is current while the request's handler and its
+//! It comes in as `x-request-id` and `traceparent` metadata or is made here, is current while the request's handler and its
 //! response stream are polled, is echoed to the caller, and travels on with [`outgoing`]. A task that a handler
 //! spawns is outside of that: give it the id with [`scope`].
 
+use crate::trace::{self, TraceContext};
 use std::fmt;
 use std::future::Future;
 use std::sync::Arc;
@@ -20,34 +21,47 @@ tokio::task_local! {
     static CURRENT: RequestId;
 }
 
-/// Visible ASCII of bounded length, so that it may stand in a log line and in a header.
+/// Visible ASCII of bounded length, so that it may stand in a log line and in a header; with this process's span
+/// of the caller's trace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RequestId(Arc<str>);
+pub struct RequestId {
+    id: Arc<str>,
+    trace: TraceContext,
+}
 
 impl RequestId {
     /// A new random id.
     pub fn random() -> Self {
-        Self(uuid::Uuid::new_v4().simple().to_string().into())
+        Self { id: uuid::Uuid::new_v4().simple().to_string().into(), trace: TraceContext::random() }
     }
 
     /// Takes over a caller's id; `None` where it is empty, too long or not visible ASCII.
     pub fn parse(text: &str) -> Option<Self> {
         let sound = (1..=LONGEST).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
-        sound.then(|| Self(text.into()))
+        sound.then(|| Self { id: text.into(), trace: TraceContext::random() })
     }
 
     /// The id as text.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.id
+    }
+
+    /// This process's span of the request's trace.
+    pub fn trace(&self) -> TraceContext {
+        self.trace
     }
 
     pub(crate) fn of(headers: &HeaderMap) -> Self {
-        let given = headers.get(HEADER).and_then(|value| value.to_str().ok());
-        given.and_then(Self::parse).unwrap_or_else(Self::random)
+        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        let id = text(HEADER).and_then(Self::parse).unwrap_or_else(Self::random);
+        match text(trace::HEADER).and_then(TraceContext::parse) {
+            Some(caller) => Self { trace: caller.child(), ..id },
+            None => id,
+        }
     }
 
     pub(crate) fn header(&self) -> Option<HeaderValue> {
-        HeaderValue::from_str(&self.0).ok()
+        HeaderValue::from_str(&self.id).ok()
     }
 
     pub(crate) fn enter<T>(&self, poll: impl FnOnce() -> T) -> T {
@@ -57,7 +71,7 @@ impl RequestId {
 
 impl fmt::Display for RequestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.id)
     }
 }
 
@@ -71,10 +85,14 @@ pub fn scope<F: Future>(id: RequestId, future: F) -> impl Future<Output = F::Out
     CURRENT.scope(id, future)
 }
 
-/// Adds the current id to a call to another service.
+/// Adds the current id and trace to a call to another service.
 pub fn outgoing<T>(mut request: tonic::Request<T>) -> tonic::Request<T> {
-    if let Some(value) = current().and_then(|id| MetadataValue::try_from(id.as_str()).ok()) {
-        request.metadata_mut().insert(HEADER, value);
+    let Some(current) = current() else { return request };
+    let trace = current.trace.to_string();
+    for (name, value) in [(HEADER, current.as_str()), (trace::HEADER, &trace)] {
+        if let Ok(value) = MetadataValue::try_from(value) {
+            request.metadata_mut().insert(name, value);
+        }
     }
     request
 }
@@ -91,11 +109,23 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_request_continues_its_callers_trace() {
+        let mut headers = HeaderMap::new();
+        let caller = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        headers.insert(trace::HEADER, HeaderValue::from_static(caller));
+        let id = RequestId::of(&headers);
+        assert_eq!(id.trace().trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_ne!(id.trace().to_string(), caller, "the span is this process's own");
+    }
+
     #[tokio::test]
     async fn a_call_made_inside_a_request_carries_its_id() {
         let id = RequestId::parse("r-1").expect("a sound id");
         let request = scope(id, async { outgoing(tonic::Request::new(())) }).await;
         assert_eq!(request.metadata().get(HEADER).expect("the id").to_str().expect("text"), "r-1");
+        let trace = request.metadata().get(trace::HEADER).expect("a trace").to_str().expect("text");
+        assert!(TraceContext::parse(trace).is_some(), "{trace}");
         assert!(outgoing(tonic::Request::new(())).metadata().get(HEADER).is_none());
     }
 }

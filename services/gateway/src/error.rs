@@ -19,7 +19,7 @@ pub enum Error {
     #[error(transparent)]
     Service(#[from] cacheclip_service::Error),
     /// The worker did not describe itself in time.
-    #[error("the worker at {endpoint} did not describe itself: {status}; start it, or correct `worker`")]
+    #[error("the worker at {endpoint} did not describe itself: {status}; start it, or correct `workers`")]
     Worker {
         /// Where it should be.
         endpoint: String,

@@ -1,19 +1,24 @@
 //! One generation: the worker's stream is opened with the sections, importance sets follow when the scorer has
 //! answered, events are relayed as they come.
 //!
-//! Scoring and the worker's loading run side by side; whichever side fails, the other is dropped.
+//! Scoring and the worker's loading run side by side. A worker that fails before its first token is replaced by
+//! the next best one, unseen by the caller; after that, its failure is the caller's.
 
 use crate::metrics;
+use crate::peers::Peer;
 use crate::request::Generation;
-use crate::scorer::{Question, Scored, Scorer};
+use crate::scorer::{Question, Scored, Scorers};
 use crate::sections::Prompt;
-use crate::worker::{Worker, within};
+use crate::worker::{Workers, within, worth_another};
 use cacheclip_plan::Policy;
 use cacheclip_rpc::status::unavailable;
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::worker_request::Request as Part;
 use cacheclip_service::request_id;
-use std::sync::OnceLock;
+use cacheclip_service::residency::short;
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -25,10 +30,20 @@ pub(crate) type Events = mpsc::Sender<Result<v1::GenerateEvent, Status>>;
 /// The two services that a generation needs.
 #[derive(Clone, Debug)]
 pub(crate) struct Relay {
-    pub(crate) worker: Worker,
-    pub(crate) scorer: Scorer,
+    pub(crate) workers: Workers,
+    pub(crate) scorers: Scorers,
     /// Longest silence of the worker.
     pub(crate) idle: Duration,
+}
+
+/// Importance sets on their way; every try of a request waits for the same ones.
+type Scoring = Shared<BoxFuture<'static, Arc<Scored>>>;
+
+/// How far a request has come.
+struct Progress {
+    received: Instant,
+    /// Whether the caller has seen a token: from then on no other worker can take over.
+    answered: bool,
 }
 
 impl Relay {
@@ -44,7 +59,7 @@ impl Relay {
             None => tonic::Code::Cancelled,
             Some(Ok(())) => tonic::Code::Ok,
             Some(Err(failed)) => {
-                let status = self.worker.explain(failed).await;
+                let status = self.workers.explain(failed).await;
                 let code = status.code();
                 // The caller may be gone by now; then nobody needs the status.
                 let _ = events.send(Err(status)).await;
@@ -54,6 +69,8 @@ impl Relay {
         metrics::request(policy, code);
     }
 
+    /// Tries workers, best first, until one has answered something. Importance sets are asked for once, whatever
+    /// becomes of the workers.
     async fn generate(
         &self,
         request: Generation,
@@ -61,60 +78,96 @@ impl Relay {
         tokenize: f64,
         events: &Events,
     ) -> Result<(), Status> {
-        let received = request.received;
-        let reusable = prompt.reusable;
-        let (to_worker, requests) = mpsc::channel(2);
-        let question = question(request, prompt.chunks);
-        // There is room for both messages: this cannot wait, and fails only if the receiver were gone.
-        let _ = to_worker.try_send(part(Part::Sections(prompt.sections)));
+        let (received, reusable) = (request.received, prompt.reusable);
+        let wanted = wanted(&prompt.sections);
+        let scored = match question(request, prompt.chunks) {
+            Some(question) => {
+                let scorer = self.scorers.clone();
+                Some(async move { Arc::new(scorer.score(question).await) }.boxed().shared())
+            }
+            None => None,
+        };
+        let mut tried = Vec::new();
+        let mut last = unavailable("no worker was found; send the request again");
+        while let Some(worker) = self.workers.choose(&wanted, &tried) {
+            let mut progress = Progress { received, answered: false };
+            let attempt = self.attempt(&worker, &prompt.sections, scored.clone(), events, &mut progress);
+            let failed = match attempt.await {
+                Ok(done) => {
+                    let before = v1::Stage { name: "tokenize".into(), seconds: tokenize };
+                    let stages = scored.as_ref().and_then(|scored| scored.peek()).map(|scored| &scored.stages);
+                    let done = finish(done, before, stages, reusable);
+                    send(events, v1::generate_event::Event::Done(done)).await;
+                    return Ok(());
+                }
+                Err(failed) => failed,
+            };
+            if progress.answered || !worth_another(&failed) {
+                return Err(failed);
+            }
+            tried.push(worker.endpoint().to_owned());
+            tracing::warn!(worker = worker.endpoint(), status = %failed, "worker failed before its first token");
+            metrics::restarted();
+            last = failed;
+        }
+        Err(last)
+    }
 
-        let scored = OnceLock::new();
+    /// One worker's try.
+    async fn attempt(
+        &self,
+        worker: &Peer,
+        sections: &v1::Sections,
+        scored: Option<Scoring>,
+        events: &Events,
+        progress: &mut Progress,
+    ) -> Result<v1::WorkerDone, Status> {
+        let (to_worker, requests) = mpsc::channel(2);
+        // There is room for both messages: this cannot wait, and fails only if the receiver were gone.
+        let _ = to_worker.try_send(part(Part::Sections(sections.clone())));
         let feed = async {
-            if let Some(question) = question {
-                let Scored { importance, stages } = self.scorer.score(question).await;
-                // Before the worker can have an answer, so that the answer's record has them.
-                let _ = scored.set(stages);
+            if let Some(scored) = scored {
+                // Before the worker can have an answer, so that the answer's record has the stages.
+                let importance = scored.await.importance.clone();
                 let _ = to_worker.send(part(Part::Importance(importance))).await;
             }
             // Ends the request stream: nothing more will follow.
             drop(to_worker);
         };
-        let relay = self.relay(requests, received, events, |done| {
-            let before = v1::Stage { name: "tokenize".into(), seconds: tokenize };
-            finish(done, before, scored.get(), reusable)
-        });
+        let relay = self.relay(worker, requests, events, progress);
         tokio::pin!(feed, relay);
+        let lost = || unavailable(format_args!("the worker {} fell silent; send the request again", worker.endpoint()));
         tokio::select! {
             biased;
             finished = &mut relay => finished,
-            () = &mut feed => relay.await,
+            () = worker.lost() => Err(lost()),
+            () = &mut feed => tokio::select! {
+                finished = relay => finished,
+                () = worker.lost() => Err(lost()),
+            },
         }
     }
 
     async fn relay(
         &self,
+        worker: &Peer,
         requests: mpsc::Receiver<v1::WorkerRequest>,
-        received: Instant,
         events: &Events,
-        finish: impl FnOnce(v1::WorkerDone) -> v1::Done,
-    ) -> Result<(), Status> {
-        let mut client = self.worker.client();
+        progress: &mut Progress,
+    ) -> Result<v1::WorkerDone, Status> {
+        let mut client = self.workers.client(worker);
         let call = client.generate(request_id::outgoing(Request::new(ReceiverStream::new(requests))));
         let mut stream = within(self.idle, "the worker's answer", call).await?.into_inner();
-        let mut first = true;
         loop {
             let message = within(self.idle, "the worker's next event", stream.message()).await?;
             match message.and_then(|message| message.event) {
                 Some(v1::worker_event::Event::Token(v1::WorkerToken { text, index })) => {
-                    if std::mem::take(&mut first) {
-                        metrics::first_token(received.elapsed().as_secs_f64());
+                    if !std::mem::replace(&mut progress.answered, true) {
+                        metrics::first_token(progress.received.elapsed().as_secs_f64());
                     }
                     send(events, v1::generate_event::Event::Token(v1::Token { text, index })).await;
                 }
-                Some(v1::worker_event::Event::Done(done)) => {
-                    send(events, v1::generate_event::Event::Done(finish(done))).await;
-                    return Ok(());
-                }
+                Some(v1::worker_event::Event::Done(done)) => return Ok(done),
                 None => {
                     return Err(unavailable(
                         "the worker ended its stream without a result; send the request again",
@@ -123,6 +176,13 @@ impl Relay {
             }
         }
     }
+}
+
+/// Short keys and tokens of everything that may be resident somewhere.
+fn wanted(sections: &v1::Sections) -> Vec<(u64, u32)> {
+    let all = sections.chunks.iter().chain(&sections.prefix);
+    all.filter_map(|section| Some((short(section.key.as_ref().try_into().ok()?), section.ids.len() as u32)))
+        .collect()
 }
 
 /// A caller that is gone is noticed by [`Relay::run`], which drops everything.

@@ -63,7 +63,7 @@ impl v1::gateway_server::Gateway for Service {
         &self,
         _: Request<v1::GetCapabilitiesRequest>,
     ) -> Result<Response<v1::GetCapabilitiesResponse>, Status> {
-        let described = self.0.relay.worker.described()?;
+        let described = self.0.relay.workers.described()?;
         let model = v1::ModelInfo {
             name: described.model.clone(),
             layout: Some(described.layout.clone()),
@@ -85,7 +85,7 @@ impl Shared {
         request: Request<v1::GenerateRequest>,
     ) -> Result<ReceiverStream<Result<v1::GenerateEvent, Status>>, Status> {
         let began = Instant::now();
-        let described = self.relay.worker.described()?;
+        let described = self.relay.workers.described()?;
         let tenant = tenant(request.metadata(), &self.tenant_header)?;
         let mut request = Generation::check(
             request.into_inner(),

@@ -2,13 +2,14 @@
 
 use crate::metrics;
 use crate::request::{check_chunks, check_model, check_name};
-use crate::scorer::{Asked, Scorer};
+use crate::scorer::{Asked, Scorers};
 use crate::sections::{Chunk, Sections, keyed};
-use crate::worker::{Described, Worker, passed_on, within};
+use crate::worker::{Described, Workers, passed_on, within, worth_another};
 use cacheclip_rpc::convert::id_bytes;
-use cacheclip_rpc::status::{invalid, retry_after};
+use cacheclip_rpc::status::{invalid, retry_after, unavailable};
 use cacheclip_rpc::v1;
 use cacheclip_service::request_id;
+use cacheclip_service::residency::short;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -25,8 +26,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// Computes documents' chunks. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Ingest {
-    pub(crate) worker: Worker,
-    pub(crate) scorer: Scorer,
+    pub(crate) workers: Workers,
+    pub(crate) scorers: Scorers,
     pub(crate) sections: Sections,
     pub(crate) batch: usize,
     /// Longest wait for one batch.
@@ -69,7 +70,7 @@ impl Ingest {
         progress: &Progress,
     ) -> Result<(), Status> {
         let within = format!("documents[{index}].");
-        let described = self.worker.described()?;
+        let described = self.workers.described()?;
         check_model(&document.model, &described)?;
         check_name(&format!("{within}salt"), &document.salt)?;
         if document.chunks.is_empty() {
@@ -121,29 +122,46 @@ impl Ingest {
             layout: id_bytes(described.layout_id.as_bytes()),
             chunks: batch.iter().map(|chunk| keyed(&chunk.key, &chunk.section)).collect(),
         };
-        let (reply, ()) = tokio::join!(self.precompute(request), self.scorer.prepare(&asked, self.limit));
+        let (reply, ()) = tokio::join!(self.precompute(request), self.scorers.prepare(&asked, self.limit));
         let computed = reply?.computed.into_iter().filter(|computed| *computed).count();
         Ok((computed.min(batch.len()), batch.iter().map(|chunk| chunk.section.ids.len()).sum()))
     }
 
-    /// Ingest is the one caller that can wait: where the worker is busy with questions, it comes back later.
+    /// Ingest is the one caller that can wait: where all workers are busy with questions, it comes back later.
     async fn precompute(&self, request: v1::PrecomputeRequest) -> Result<v1::PrecomputeResponse, Status> {
-        let mut attempt = 1;
+        let wanted: Vec<(u64, u32)> = request
+            .chunks
+            .iter()
+            .filter_map(|chunk| Some((short(chunk.key.as_ref().try_into().ok()?), chunk.ids.len() as u32)))
+            .collect();
+        let (mut attempt, mut tried) = (1, Vec::new());
         loop {
-            let mut client = self.worker.client();
+            let Some(worker) = self.workers.choose(&wanted, &tried) else {
+                return Err(unavailable("no worker was found; send the document again"));
+            };
+            let mut client = self.workers.client(&worker);
             let call = client.precompute(request_id::outgoing(Request::new(request.clone())));
-            let failed = match within(self.limit, "the worker's precomputation", call).await {
+            let reply = tokio::select! {
+                reply = within(self.limit, "the worker's precomputation", call) => reply,
+                () = worker.lost() => Err(unavailable("the worker fell silent; send the document again")),
+            };
+            let failed = match reply {
                 Ok(reply) => return Ok(reply.into_inner()),
                 Err(failed) => failed,
             };
+            tried.push(worker.endpoint().to_owned());
+            if worth_another(&failed) && self.workers.choose(&wanted, &tried).is_some() {
+                continue;
+            }
             if failed.code() != Code::ResourceExhausted || attempt == ATTEMPTS {
                 return Err(match failed.code() {
-                    Code::FailedPrecondition => self.worker.explain(failed).await,
+                    Code::FailedPrecondition => self.workers.explain(failed).await,
                     _ => passed_on(&failed, "worker"),
                 });
             }
             tokio::time::sleep(retry_after(&failed).unwrap_or(PAUSE)).await;
             attempt += 1;
+            tried.clear();
         }
     }
 }

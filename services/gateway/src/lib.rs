@@ -16,6 +16,7 @@ mod grpc;
 mod ingest;
 pub mod metrics;
 mod options;
+mod peers;
 mod request;
 mod scorer;
 mod sections;
@@ -26,21 +27,21 @@ pub use options::{DEVELOPMENT_SECRET, Options};
 
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::gateway_server::GatewayServer;
-use cacheclip_service::{Running, Server, connect, seconds, telemetry};
+use cacheclip_service::{Running, Server, seconds, telemetry};
 use generate::Relay;
 use grpc::{Service, Shared};
 use ingest::Ingest;
-use scorer::Scorer;
+use scorer::Scorers;
 use sections::Sections;
 use std::sync::Arc;
 use tonic::Status;
 use tonic::service::Routes;
-use worker::Worker;
+use worker::Workers;
 
 /// Full gRPC name of the service.
 pub const SERVICE: &str = "cacheclip.v1.Gateway";
 
-/// Binds and serves, then waits for the worker to describe itself; ready when this returns. Until then the ports
+/// Binds and serves, then waits for a worker to describe itself; ready when this returns. Until then the ports
 /// answer, as not ready.
 ///
 /// # Errors
@@ -54,18 +55,19 @@ pub async fn start(options: Options) -> Result<Running, Error> {
         tracing::warn!("scope_secret is the development default: tenants are not kept apart");
     }
     let message_bytes = options.service.max_message_bytes;
-    let channel = connect(&options.worker, &options.connect)?;
-    let worker = Worker::new(&options.worker, channel, composer.clone(), message_bytes);
-    let channel =
-        options.scorer.as_deref().map(|endpoint| connect(endpoint, &options.connect)).transpose()?;
-    let scorer = Scorer::new(channel, seconds(options.score_timeout_seconds), message_bytes);
+    if options.workers.is_empty() {
+        return Err(Error::Option { field: "workers", reason: "it must name at least one worker" });
+    }
+    let workers = Workers::start(&options.workers, &options.connect, composer.clone(), message_bytes)?;
+    let patience = seconds(options.score_timeout_seconds);
+    let scorers = Scorers::start(&options.scorers, &options.connect, patience, message_bytes)?;
     let sections = Sections::new(composer.clone(), secret, options.token_cache_bytes);
     let limit = seconds(options.worker_timeout_seconds);
     let shared = Shared {
-        relay: Relay { worker: worker.clone(), scorer: scorer.clone(), idle: limit },
+        relay: Relay { workers: workers.clone(), scorers: scorers.clone(), idle: limit },
         ingest: Ingest {
-            worker: worker.clone(),
-            scorer,
+            workers: workers.clone(),
+            scorers,
             sections: sections.clone(),
             batch: options.ingest_batch,
             limit,
@@ -80,8 +82,8 @@ pub async fn start(options: Options) -> Result<Running, Error> {
         .max_decoding_message_size(message_bytes)
         .max_encoding_message_size(message_bytes);
     let running = Server::new("gateway", options.service).serve(Routes::new(service), &[SERVICE]).await?;
-    running.readiness().set(false, "waiting for the worker to describe itself");
-    let described = worker.learn(seconds(options.describe_timeout_seconds)).await?;
+    running.readiness().set(false, "waiting for a worker to describe itself");
+    let described = workers.learn(seconds(options.describe_timeout_seconds)).await?;
     tracing::info!(model = described.model, layout = %described.layout_id, "gateway ready");
     running.readiness().set(true, "");
     Ok(running)

@@ -5,7 +5,7 @@
 //! tokens: two counters, so that it can be summed over replicas and windows.
 
 use cacheclip_rpc::v1;
-use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 const REQUESTS: &str = "cacheclip_gateway_requests_total";
 const TTFT: &str = "cacheclip_gateway_ttft_seconds";
@@ -13,8 +13,11 @@ const STAGE: &str = "cacheclip_gateway_stage_seconds";
 const TOKENS: &str = "cacheclip_gateway_tokens_total";
 const REQUESTED: &str = "cacheclip_lookup_requested_tokens_total";
 const HIT: &str = "cacheclip_lookup_hit_tokens_total";
-const FALLBACK: &str = "cacheclip_gateway_scorer_fallback_total";
+const FALLBACK: &str = "cacheclip_scorer_fallback_total";
 const TOKENISED: &str = "cacheclip_gateway_tokenised_chunks_total";
+const RESTARTS: &str = "cacheclip_gateway_restarts_total";
+const UNPREPARED: &str = "cacheclip_gateway_unprepared_chunks_total";
+const PEERS: &str = "cacheclip_gateway_peers";
 const INGESTED: &str = "cacheclip_gateway_ingested_chunks_total";
 
 /// Why importance sets were not there.
@@ -30,6 +33,10 @@ pub fn describe() {
     describe_counter!(HIT, "Reusable prompt tokens whose KV came from a cache");
     describe_counter!(FALLBACK, "Requests whose importance sets were not there, by reason");
     describe_counter!(TOKENISED, "Chunks tokenised, by result: cached, computed");
+    describe_counter!(RESTARTS, "Requests that another worker took over before their first token");
+    describe_counter!(UNPREPARED, "Ingested chunks that no scorer prepared, by reason");
+    describe_gauge!(PEERS, "Workers and scorers, by kind and state: known, live (heard of within their lease)");
+    counter!(RESTARTS).increment(0);
     describe_counter!(INGESTED, "Chunks ingested, by result: computed, stored (was there already)");
     FALLBACKS.iter().for_each(|&reason| counter!(FALLBACK, "reason" => reason).increment(0));
     counter!(REQUESTED).increment(0);
@@ -73,4 +80,17 @@ pub(crate) fn tokenised(result: &'static str) {
 pub(crate) fn ingested(computed: usize, stored: usize) {
     counter!(INGESTED, "result" => "computed").increment(computed as u64);
     counter!(INGESTED, "result" => "stored").increment(stored as u64);
+}
+
+pub(crate) fn restarted() {
+    counter!(RESTARTS).increment(1);
+}
+
+pub(crate) fn unprepared(reason: &'static str, chunks: usize) {
+    counter!(UNPREPARED, "reason" => reason).increment(chunks as u64);
+}
+
+pub(crate) fn peers(kind: &'static str, known: usize, live: usize) {
+    gauge!(PEERS, "kind" => kind, "state" => "known").set(known as f64);
+    gauge!(PEERS, "kind" => kind, "state" => "live").set(live as f64);
 }

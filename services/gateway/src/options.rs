@@ -17,11 +17,12 @@ pub struct Options {
     pub service: cacheclip_service::Options,
     /// Directory with the primary model's `tokenizer.json`, `config.json` and `prompt.json`; no weights.
     pub model_dir: PathBuf,
-    /// The worker.
-    pub worker: String,
-    /// The scorer; absent: policies that need scores go down the ladder.
-    pub scorer: Option<String>,
-    /// How both are dialled.
+    /// The workers: `http://host:port` each, or `dns+http://host:port` for every address of a name. They share
+    /// one model; requests go where most of their chunks are, less the queue.
+    pub workers: Vec<String>,
+    /// The scorers, written alike; none: policies that need scores go down the ladder.
+    pub scorers: Vec<String>,
+    /// How all of them are dialled.
     pub connect: ConnectOptions,
     /// Secret that scopes are derived with: 64 hexadecimal digits. All gateways of a fleet share it.
     pub scope_secret: String,
@@ -32,9 +33,9 @@ pub struct Options {
     pub tenant_header: String,
     /// Longest wait for importance sets, asking for text included.
     pub score_timeout_seconds: f64,
-    /// Longest silence of the worker within one request.
+    /// Longest silence of a worker within one request.
     pub worker_timeout_seconds: f64,
-    /// Longest wait for the worker to describe itself at start.
+    /// Longest wait for a worker to describe itself at start.
     pub describe_timeout_seconds: f64,
     /// Longest wait for an ingest stream's next document.
     pub ingest_idle_seconds: f64,
@@ -51,8 +52,8 @@ impl Default for Options {
         Self {
             service: cacheclip_service::Options::default(),
             model_dir: "models/tiny/primary".into(),
-            worker: "http://127.0.0.1:7072".into(),
-            scorer: None,
+            workers: vec!["http://127.0.0.1:7072".into()],
+            scorers: vec!["http://127.0.0.1:7074".into()],
             connect: ConnectOptions::default(),
             scope_secret: DEVELOPMENT_SECRET.into(),
             scope_key_id: 0,

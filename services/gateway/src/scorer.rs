@@ -2,17 +2,21 @@
 //! without scores, one rung down.
 
 use crate::metrics;
-use crate::worker::{passed_on, within};
+use crate::peers::{Chosen, Peers};
+use crate::worker::{ANNOUNCEMENT_BYTES, passed_on, within, worth_another};
 use cacheclip_rpc::convert::id_bytes;
 use cacheclip_rpc::v1::scorer_client::ScorerClient;
 use cacheclip_rpc::v1::{
-    Importance, PrepareRequest, ScoreChunk, ScoreMode, ScoreRequest, ScoreResponse, Stage,
+    Importance, PrepareRequest, Residency, ScoreChunk, ScoreMode, ScoreRequest, ScoreResponse, Stage,
+    WatchRequest,
 };
-use cacheclip_service::request_id;
+use cacheclip_service::residency::short;
+use cacheclip_service::{ConnectOptions, request_id};
+use futures::future::BoxFuture;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 /// A chunk as the scorer is asked about it.
 #[derive(Clone, Debug)]
@@ -31,7 +35,7 @@ pub(crate) struct Question {
 }
 
 /// What the worker is sent, and what it cost.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Scored {
     pub(crate) importance: Importance,
     pub(crate) stages: Vec<Stage>,
@@ -55,21 +59,33 @@ impl From<Status> for Missing {
     }
 }
 
-/// The scorer, if one is configured. Cheap to clone.
+/// The scorers, if any are configured. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Scorer {
-    client: Option<ScorerClient<Channel>>,
+pub(crate) struct Scorers {
+    peers: Option<Peers>,
     timeout: Duration,
+    message_bytes: usize,
 }
 
-impl Scorer {
-    pub(crate) fn new(channel: Option<Channel>, timeout: Duration, message_bytes: usize) -> Self {
-        let client = channel.map(|channel| {
-            ScorerClient::new(channel)
-                .max_decoding_message_size(message_bytes)
-                .max_encoding_message_size(message_bytes)
-        });
-        Self { client, timeout }
+fn watch(channel: Channel) -> BoxFuture<'static, Result<Streaming<Residency>, Status>> {
+    Box::pin(async move {
+        let mut client = ScorerClient::new(channel).max_decoding_message_size(ANNOUNCEMENT_BYTES);
+        client.watch(Request::new(WatchRequest {})).await.map(tonic::Response::into_inner)
+    })
+}
+
+impl Scorers {
+    pub(crate) fn start(
+        endpoints: &[String],
+        connect: &ConnectOptions,
+        timeout: Duration,
+        message_bytes: usize,
+    ) -> Result<Self, cacheclip_service::Error> {
+        let peers = match endpoints {
+            [] => None,
+            some => Some(Peers::start("scorer", some, connect, watch)?),
+        };
+        Ok(Self { peers, timeout, message_bytes })
     }
 
     /// The sets for a question, within the time that scoring may take.
@@ -94,16 +110,52 @@ impl Scorer {
     }
 
     async fn ask(&self, question: Question) -> Result<ScoreResponse, Missing> {
-        let Some(client) = self.client.clone() else {
-            return Err(Missing { label: "not_configured", why: "no scorer is configured".into() });
+        let asking = async {
+            let mut tried = Vec::new();
+            let mut last = None;
+            while let Some((scorer, mut client)) = self.choose(&question.chunks, &tried)? {
+                let answer = tokio::select! {
+                    answer = ask_twice(&mut client, &question) => answer,
+                    () = scorer.lost() => Err(Failed::Call(Status::unavailable("the scorer fell silent"))),
+                };
+                match answer {
+                    Err(Failed::Call(failed)) if worth_another(&failed) => last = Some(failed),
+                    answer => return answer.map_err(Missing::from),
+                }
+                tried.push(scorer.endpoint().to_owned());
+            }
+            Err(last.unwrap_or_else(|| Status::unavailable("no scorer was found")).into())
         };
-        Ok(within(self.timeout, "importance sets", ask_twice(client, question)).await??)
+        let late = |_| Missing { label: "timeout", why: format!("no importance sets within {:?}", self.timeout) };
+        tokio::time::timeout(self.timeout, asking).await.map_err(late)?
     }
 
-    /// Has the scorer compute and keep the auxiliary KV of chunks. Failing costs the first question some time
-    /// and nothing else, so it is only counted.
+    /// The scorer that holds most of these chunks' auxiliary KV, less its queue. A chunk's text length stands for
+    /// its tokens: only the proportion counts.
+    fn choose(
+        &self,
+        chunks: &[Asked],
+        tried: &[String],
+    ) -> Result<Option<(Chosen, ScorerClient<Channel>)>, Missing> {
+        let Some(peers) = &self.peers else {
+            return Err(Missing { label: "not_configured", why: "no scorer is configured".into() });
+        };
+        let (all, live) = peers.count();
+        metrics::peers("scorer", all, live);
+        let wanted: Vec<(u64, u32)> =
+            chunks.iter().map(|chunk| (short(&chunk.digest), chunk.text.len() as u32)).collect();
+        Ok(peers.choose(&wanted, tried).map(|scorer| {
+            let client = ScorerClient::new(scorer.channel())
+                .max_decoding_message_size(self.message_bytes)
+                .max_encoding_message_size(self.message_bytes);
+            (scorer, client)
+        }))
+    }
+
+    /// Has a scorer compute, keep and store the auxiliary KV of chunks. Failing costs the first question some
+    /// time and nothing else, so it is only counted.
     pub(crate) async fn prepare(&self, chunks: &[Asked], limit: Duration) {
-        let Some(mut client) = self.client.clone() else { return };
+        let Ok(Some((_scorer, mut client))) = self.choose(chunks, &[]) else { return };
         let call = async {
             let mut request = PrepareRequest { chunks: digests(chunks) };
             let reply =
@@ -116,32 +168,56 @@ impl Scorer {
         };
         if let Err(failed) = within(limit, "the scorer's preparation", call).await {
             let Missing { label, why } = failed.into();
-            metrics::fallback(label);
+            metrics::unprepared(label, chunks.len());
             tracing::warn!(reason = label, why, "chunks are not prepared for scoring");
         }
     }
 }
 
+/// Why one scorer gave no sets.
+enum Failed {
+    Call(Status),
+    /// It answered; another one would not do better.
+    Missing(Missing),
+}
+
+impl From<Status> for Failed {
+    fn from(failed: Status) -> Self {
+        Self::Call(failed)
+    }
+}
+
+impl From<Failed> for Missing {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Call(status) => status.into(),
+            Failed::Missing(missing) => missing,
+        }
+    }
+}
+
 /// Digests first; once more with the texts that the scorer does not know.
-async fn ask_twice(
-    mut client: ScorerClient<Channel>,
-    question: Question,
-) -> Result<Result<ScoreResponse, Missing>, Status> {
-    let Question { prefix, chunks, question, mode } = question;
-    let mut request = ScoreRequest { prefix, chunks: digests(&chunks), question, mode: mode.into() };
+async fn ask_twice(client: &mut ScorerClient<Channel>, asked: &Question) -> Result<ScoreResponse, Failed> {
+    let mut request = ScoreRequest {
+        prefix: asked.prefix.clone(),
+        chunks: digests(&asked.chunks),
+        question: asked.question.clone(),
+        mode: asked.mode.into(),
+    };
     // No deadline in the metadata: giving up drops the call, which the scorer hears of at once.
     let call = |request: ScoreRequest| request_id::outgoing(Request::new(request));
     let first = client.score(call(request.clone())).await?.into_inner();
     if first.need_text.is_empty() {
-        return Ok(Ok(first));
+        return Ok(first);
     }
-    add_text(&mut request.chunks, &chunks, &first.need_text);
+    add_text(&mut request.chunks, &asked.chunks, &first.need_text);
     let second = client.score(call(request)).await?.into_inner();
     if second.need_text.is_empty() {
-        return Ok(Ok(second));
+        return Ok(second);
     }
     // It forgets faster than it is told: its cache is too small for one request.
-    Ok(Err(Missing { label: "text", why: "the scorer asked for text twice; enlarge its cache".into() }))
+    let why = "the scorer asked for text twice; enlarge its cache".into();
+    Err(Failed::Missing(Missing { label: "text", why }))
 }
 
 fn digests(chunks: &[Asked]) -> Vec<ScoreChunk> {

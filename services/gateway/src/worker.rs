@@ -1,23 +1,27 @@
-//! The worker as the gateway knows it: what it says of itself, and what its errors mean to a caller.
+//! The workers as the gateway knows them: what they say of themselves, and what their errors mean to a caller.
 
 use crate::Error;
+use crate::peers::{Chosen, Peer, Peers};
 use cacheclip_chunk::{AnchorId, LayoutId};
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::worker_client::WorkerClient;
 use cacheclip_rpc::{convert, status, v1};
-use cacheclip_service::request_id;
+use cacheclip_service::{ConnectOptions, request_id};
+use futures::future::BoxFuture;
 use parking_lot::RwLock;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 /// Longest wait for one answer to `Describe`.
 const ATTEMPT: Duration = Duration::from_secs(5);
 /// Pause before the second attempt; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Largest announcement: 65,536 short keys and some room.
+pub(crate) const ANNOUNCEMENT_BYTES: usize = 1 << 20;
 
 /// What a worker said of itself, checked against this gateway's model directory.
 #[derive(Debug)]
@@ -62,64 +66,105 @@ impl Described {
     }
 }
 
-/// The worker behind this gateway. Cheap to clone.
+/// The workers behind this gateway. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Worker {
-    endpoint: Arc<str>,
-    client: WorkerClient<Channel>,
+pub(crate) struct Workers {
+    peers: Peers,
     composer: Composer,
+    message_bytes: usize,
     described: Arc<RwLock<Option<Arc<Described>>>>,
 }
 
-impl Worker {
-    pub(crate) fn new(endpoint: &str, channel: Channel, composer: Composer, message_bytes: usize) -> Self {
-        let client = WorkerClient::new(channel)
-            .max_decoding_message_size(message_bytes)
-            .max_encoding_message_size(message_bytes);
-        Self { endpoint: endpoint.into(), client, composer, described: Arc::default() }
+fn watch(channel: Channel) -> BoxFuture<'static, Result<Streaming<v1::Residency>, Status>> {
+    Box::pin(async move {
+        let mut client = WorkerClient::new(channel).max_decoding_message_size(ANNOUNCEMENT_BYTES);
+        client.watch(Request::new(v1::WatchRequest {})).await.map(tonic::Response::into_inner)
+    })
+}
+
+impl Workers {
+    pub(crate) fn start(
+        endpoints: &[String],
+        connect: &ConnectOptions,
+        composer: Composer,
+        message_bytes: usize,
+    ) -> Result<Self, Error> {
+        let peers = Peers::start("worker", endpoints, connect, watch)?;
+        Ok(Self { peers, composer, message_bytes, described: Arc::default() })
     }
 
-    /// A client for one call.
-    pub(crate) fn client(&self) -> WorkerClient<Channel> {
-        self.client.clone()
+    /// The best worker for these sections (short key and tokens), leaving out those already tried.
+    pub(crate) fn choose(&self, wanted: &[(u64, u32)], tried: &[String]) -> Option<Chosen> {
+        let (all, live) = self.peers.count();
+        crate::metrics::peers("worker", all, live);
+        self.peers.choose(wanted, tried)
     }
 
-    /// What the worker last said of itself.
+    /// A client for one call to a worker.
+    pub(crate) fn client(&self, worker: &Peer) -> WorkerClient<Channel> {
+        WorkerClient::new(worker.channel())
+            .max_decoding_message_size(self.message_bytes)
+            .max_encoding_message_size(self.message_bytes)
+    }
+
+    /// What the workers last said of themselves.
     pub(crate) fn described(&self) -> Result<Arc<Described>, Status> {
         self.described
             .read()
             .clone()
-            .ok_or_else(|| status::unavailable("the worker has not described itself yet"))
+            .ok_or_else(|| status::unavailable("no worker has described itself yet; send the request again"))
     }
 
-    /// Asks until the worker answers or `patience` is over. A worker that is there and does not fit is an error
-    /// at once: waiting would not change it.
+    /// Asks until a worker answers or `patience` is over. Workers that are there and none of which fits are an
+    /// error at once: waiting would not change it.
     pub(crate) async fn learn(&self, patience: Duration) -> Result<Arc<Described>, Error> {
         let deadline = Instant::now() + patience;
         let mut pause = FIRST_PAUSE;
         loop {
-            let failed = match self.describe().await {
-                Ok(reply) => {
-                    let described = Arc::new(Described::check(reply, &self.composer)?);
-                    *self.described.write() = Some(Arc::clone(&described));
-                    return Ok(described);
-                }
+            let failed = match self.ask_around().await {
+                Ok(described) => return Ok(described),
                 Err(failed) => failed,
             };
-            let hopeless = matches!(failed.code(), Code::Unimplemented | Code::PermissionDenied);
+            let hopeless = match &failed {
+                Error::Worker { status, .. } => {
+                    matches!(status.code(), Code::Unimplemented | Code::PermissionDenied)
+                }
+                _ => true,
+            };
             if hopeless || Instant::now() + pause >= deadline {
-                return Err(Error::Worker { endpoint: self.endpoint.to_string(), status: Box::new(failed) });
+                return Err(failed);
             }
-            tracing::debug!(status = %failed, "the worker does not describe itself yet");
+            tracing::debug!(%failed, "no worker describes itself yet");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
-    async fn describe(&self) -> Result<v1::DescribeResponse, Status> {
-        let mut client = self.client();
-        let call = client.describe(request_id::outgoing(Request::new(v1::DescribeRequest {})));
-        within(ATTEMPT, "the worker's description", call).await.map(tonic::Response::into_inner)
+    /// The first worker that answers and fits; else the last one's error.
+    async fn ask_around(&self) -> Result<Arc<Described>, Error> {
+        let nobody = || Status::unavailable("no worker was found");
+        let mut failed = Error::Worker { endpoint: "workers".into(), status: Box::new(nobody()) };
+        let mut tried = Vec::new();
+        while let Some(worker) = self.peers.choose(&[], &tried) {
+            tried.push(worker.endpoint().to_owned());
+            let mut client = self.client(&worker);
+            let call = client.describe(request_id::outgoing(Request::new(v1::DescribeRequest {})));
+            let reply = within(ATTEMPT, "the worker's description", call).await;
+            let endpoint = worker.endpoint().to_owned();
+            let checked = match reply {
+                Ok(reply) => Described::check(reply.into_inner(), &self.composer),
+                Err(status) => Err(Error::Worker { endpoint, status: Box::new(status) }),
+            };
+            match checked {
+                Ok(described) => {
+                    let described = Arc::new(described);
+                    *self.described.write() = Some(Arc::clone(&described));
+                    return Ok(described);
+                }
+                Err(error) => failed = error,
+            }
+        }
+        Err(failed)
     }
 
     /// What a worker's error is to a caller of the gateway.
@@ -127,16 +172,25 @@ impl Worker {
         if failed.code() != Code::FailedPrecondition {
             return passed_on(&failed, "worker");
         }
-        // The worker was replaced by one with another layout since it was asked. Keys made from here on are
-        // right; this request's are not.
+        // The workers were replaced by some with another layout since they were asked. Keys made from here on
+        // are right; this request's are not.
         match self.learn(ATTEMPT).await {
             Ok(described) => {
-                tracing::warn!(layout = %described.layout_id, "the worker's layout has changed");
-                status::unavailable("the worker's layout has changed; send the request again")
+                tracing::warn!(layout = %described.layout_id, "the workers' layout has changed");
+                status::unavailable("the workers' layout has changed; send the request again")
             }
             Err(error) => status::unavailable(error),
         }
     }
+}
+
+/// Whether another worker may succeed where one failed with this, nothing having been answered yet.
+pub(crate) fn worth_another(failed: &Status) -> bool {
+    use std::error::Error as _;
+    let broken = failed.source().is_some();
+    let busy = matches!(failed.code(), Code::Unavailable | Code::ResourceExhausted);
+    // One of two versions that run side by side during an upgrade.
+    broken || busy || failed.code() == Code::FailedPrecondition
 }
 
 /// A status from another service, as this service's own: code, message and details stay, transport metadata does

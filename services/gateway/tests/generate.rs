@@ -91,7 +91,7 @@ async fn without_a_scorer_the_worker_is_told_why_and_the_answer_still_comes() {
     drop(gone.scorer.take());
     let silent = Fleet::with(|options| options.score_timeout_seconds = 0.1).await;
     silent.fake.state().silent = true;
-    let none = Fleet::with(|options| options.scorer = None).await;
+    let none = Fleet::with(|options| options.scorers.clear()).await;
     for (fleet, reason) in
         [(gone, "UNAVAILABLE"), (silent, "DEADLINE_EXCEEDED"), (none, "no scorer is configured")]
     {

@@ -9,7 +9,7 @@ use cacheclip_rpc::v1::scorer_server::{Scorer, ScorerServer};
 use cacheclip_rpc::v1::worker_request::Request as Part;
 use cacheclip_rpc::v1::worker_server::{Worker, WorkerServer};
 use cacheclip_rpc::v1::{self, generate_event::Event};
-use cacheclip_service::{ConnectOptions, Running, Server, connect, request_id};
+use cacheclip_service::{ConnectOptions, Running, Server, connect, request_id, residency};
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -61,18 +61,36 @@ pub(crate) struct State {
     pub(crate) prepared: Vec<v1::PrepareRequest>,
     pub(crate) request_ids: Vec<String>,
     stored: HashSet<Vec<u8>>,
+    held: Vec<u64>,
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Fake {
     state: Arc<Mutex<State>>,
+    announcer: residency::Announcer,
     /// Told when a generation's stream was dropped by the gateway.
     pub(crate) dropped: Arc<Notify>,
+}
+
+impl Default for Fake {
+    fn default() -> Self {
+        Self {
+            state: Arc::default(),
+            announcer: residency::Announcer::new("fake"),
+            dropped: Arc::default(),
+        }
+    }
 }
 
 impl Fake {
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no poison")
+    }
+
+    /// Announces keys as resident.
+    pub(crate) fn hold(&self, keys: &[tonic::codegen::Bytes]) {
+        let short = |key: &tonic::codegen::Bytes| residency::short(key.as_ref().try_into().expect("32 bytes"));
+        self.state().held = keys.iter().map(short).collect();
     }
 
     fn saw_request(&self) {
@@ -192,6 +210,17 @@ impl Worker for Fake {
             policies: ["cacheclip", "cacheclip-paper", "stale", "full"].map(String::from).to_vec(),
         }))
     }
+
+    type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
+
+    async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let state = Arc::clone(&self.state);
+        let load = move || residency::Load {
+            held: state.lock().expect("no poison").held.clone(),
+            ..Default::default()
+        };
+        Ok(Response::new(self.announcer.stream(load)))
+    }
 }
 
 #[tonic::async_trait]
@@ -211,7 +240,7 @@ impl Scorer for Fake {
         let set = |chunk| v1::ImportanceSet { chunk, spans: vec![span] };
         let sets = (0..request.chunks.len() as u32).map(set).collect();
         let stages = vec![v1::Stage { name: "aux_question".into(), seconds: 0.25 }];
-        Ok(Response::new(v1::ScoreResponse { sets, need_text: Vec::new(), stages }))
+        Ok(Response::new(v1::ScoreResponse { sets, stages, ..Default::default() }))
     }
 
     async fn prepare(
@@ -225,6 +254,17 @@ impl Scorer for Fake {
             ..Default::default()
         }))
     }
+
+    type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
+
+    async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let state = Arc::clone(&self.state);
+        let load = move || residency::Load {
+            held: state.lock().expect("no poison").held.clone(),
+            ..Default::default()
+        };
+        Ok(Response::new(self.announcer.stream(load)))
+    }
 }
 
 /// A gateway with its fakes; all on loopback.
@@ -235,6 +275,7 @@ pub(crate) struct Fleet {
     pub(crate) scorer: Option<Running>,
     pub(crate) gateway: Running,
     pub(crate) client: GatewayClient<Channel>,
+    others: Vec<Running>,
 }
 
 pub(crate) async fn start_worker(fake: &Fake, listen: &str) -> Running {
@@ -252,8 +293,8 @@ pub(crate) async fn start_scorer(fake: &Fake) -> Running {
 pub(crate) fn options(worker: &Running, scorer: Option<&Running>) -> Options {
     Options {
         model_dir: model_dir(),
-        worker: worker.endpoint(),
-        scorer: scorer.map(Running::endpoint),
+        workers: vec![worker.endpoint()],
+        scorers: scorer.map(Running::endpoint).into_iter().collect(),
         ..Default::default()
     }
 }
@@ -270,15 +311,20 @@ impl Fleet {
         let scorer = start_scorer(&fake).await;
         let mut options = options(&worker, Some(&scorer));
         change(&mut options);
+        Self { worker: Some(worker), scorer: Some(scorer), ..Self::with_options(options, fake).await }
+    }
+
+    /// A gateway for peers that the test has started.
+    pub(crate) async fn with_options(options: Options, fake: Fake) -> Self {
         let gateway = soon(cacheclip_gateway::start(options)).await.expect("a gateway");
         let channel = connect(&gateway.endpoint(), &ConnectOptions::default()).expect("a channel");
-        Self {
-            fake,
-            worker: Some(worker),
-            scorer: Some(scorer),
-            gateway,
-            client: GatewayClient::new(channel),
-        }
+        let client = GatewayClient::new(channel);
+        Self { fake, worker: None, scorer: None, gateway, client, others: Vec::new() }
+    }
+
+    /// Keeps peers up for as long as this fleet.
+    pub(crate) fn keeping(self, others: impl IntoIterator<Item = Running>) -> Self {
+        Self { others: others.into_iter().collect(), ..self }
     }
 
     pub(crate) async fn generate(&self, request: v1::GenerateRequest) -> Result<Answer, Status> {
