@@ -10,6 +10,10 @@ use cacheclip_kernels::page::{HeadShape, LayerView};
 use cacheclip_kernels::place::{StoredLayer, place, scatter};
 use cacheclip_kernels::probe::probe;
 use cacheclip_kernels::rope::RopeTable;
+use rayon::prelude::*;
+
+/// Rows that one thread norms the heads of: fewer are not worth handing over.
+const NORM_ROWS: usize = 32;
 
 /// The host's processor; rayon's threads are its cores.
 #[derive(Clone, Copy, Debug, Default)]
@@ -87,6 +91,12 @@ impl Device for Cpu {
         ops::add(&mut x.data, &y.data);
     }
 
+    fn add_bias(&self, x: &mut Rows, bias: &Vec<f32>) {
+        for row in x.data.chunks_exact_mut(x.width) {
+            ops::add(row, bias);
+        }
+    }
+
     fn gate(&self, gate_up: &Rows) -> Rows {
         let width = gate_up.width / 2;
         let mut out = Rows::zeros(gate_up.rows(), width);
@@ -102,6 +112,18 @@ impl Device for Cpu {
 
     fn to_host(&self, x: &Rows) -> Vec<f32> {
         x.data.clone()
+    }
+
+    fn norm_heads(&self, qkv: &mut Rows, geometry: &Geometry, query: &Vec<f32>, key: &Vec<f32>, eps: f32) {
+        let normed = geometry.heads + geometry.kv_heads;
+        let buffer = || vec![0.0; geometry.head_dim];
+        let row = |before: &mut Vec<f32>, row: &mut [f32]| {
+            for (index, head) in row.chunks_exact_mut(geometry.head_dim).take(normed).enumerate() {
+                before.copy_from_slice(head);
+                ops::rms_norm(before, if index < geometry.heads { query } else { key }, eps, head);
+            }
+        };
+        qkv.data.par_chunks_exact_mut(qkv.width).with_min_len(NORM_ROWS).for_each_init(buffer, row);
     }
 
     fn export(&self, qkv: &Rows, geometry: &Geometry) -> LayerKv {

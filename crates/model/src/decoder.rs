@@ -17,11 +17,21 @@ pub(crate) struct Layer<D: Device> {
     pub(crate) attention_norm: D::Vector,
     /// Queries, keys and values stacked, `[(heads + 2·kv_heads)·head_dim, hidden]`.
     pub(crate) qkv: D::Matrix,
+    /// Stacked as `qkv`, in families that have them.
+    pub(crate) qkv_bias: Option<D::Vector>,
+    /// In families that norm their heads.
+    pub(crate) head_norms: Option<HeadNorms<D>>,
     pub(crate) output: D::Matrix,
     pub(crate) mlp_norm: D::Vector,
     /// Gate and up stacked, `[2·intermediate, hidden]`.
     pub(crate) gate_up: D::Matrix,
     pub(crate) down: D::Matrix,
+}
+
+/// Weights of the norms of every query head and of every key head, `[head_dim]`.
+pub(crate) struct HeadNorms<D: Device> {
+    pub(crate) query: D::Vector,
+    pub(crate) key: D::Vector,
 }
 
 /// All weights of a model on its device.
@@ -278,6 +288,13 @@ impl<D: Device> Decoder<D> {
             let at = At { layer: index, table: pass.table };
             let normed = device.norm(&x, &layer.attention_norm, eps);
             let mut qkv = device.project(&normed, &layer.qkv);
+            if let Some(bias) = &layer.qkv_bias {
+                device.add_bias(&mut qkv, bias);
+            }
+            if let Some(norms) = &layer.head_norms {
+                device.norm_heads(&mut qkv, &geometry, &norms.query, &norms.key, eps);
+            }
+            // What is exported is position-free: all that happens to a key but its rotation.
             if let Some(export) = pass.export.as_deref_mut() {
                 export.push(index, device.export(&qkv, &geometry), geometry.head_dim);
             }

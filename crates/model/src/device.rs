@@ -74,6 +74,8 @@ pub trait Device: Send + Sync + 'static {
     fn project(&self, x: &Self::Rows, weight: &Self::Matrix) -> Self::Rows;
     /// `x += y`.
     fn add(&self, x: &mut Self::Rows, y: &Self::Rows);
+    /// `x += bias` in every row.
+    fn add_bias(&self, x: &mut Self::Rows, bias: &Self::Vector);
     /// `silu(gate) · up` of rows that hold both halves.
     fn gate(&self, gate_up: &Self::Rows) -> Self::Rows;
     /// The given rows of `x`.
@@ -81,6 +83,16 @@ pub trait Device: Send + Sync + 'static {
     /// Row-major values on the host.
     fn to_host(&self, x: &Self::Rows) -> Vec<f32>;
 
+    /// Root-mean-square norm of every query head and every key head of freshly projected rows, in place and
+    /// before [`export`](Self::export); values stay as they are.
+    fn norm_heads(
+        &self,
+        qkv: &mut Self::Rows,
+        geometry: &Geometry,
+        query: &Self::Vector,
+        key: &Self::Vector,
+        eps: f32,
+    );
     /// Position-free keys and values of freshly projected rows, before [`scatter`](Self::scatter).
     fn export(&self, qkv: &Self::Rows, geometry: &Geometry) -> LayerKv;
     /// Places stored KV at positions `start..`, rotating K.

@@ -18,6 +18,7 @@ pub mod decoder;
 pub mod device;
 mod error;
 pub mod kv;
+pub mod layout;
 pub mod load;
 pub mod pages;
 pub mod sample;

@@ -1,11 +1,12 @@
 //! From a Hugging Face directory (or a seed) to a decoder on a device.
 
 use crate::config::Config;
-use crate::decoder::{Decoder, Layer, Weights};
+use crate::decoder::{Decoder, HeadNorms, Layer, Weights};
 use crate::device::Device;
 use crate::error::Error;
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -48,7 +49,13 @@ pub fn load<D: Device>(source: &Source, device: D) -> Result<Loaded<D>, Error> {
                 tensors.extend(candle_core::safetensors::load(file, &candle_core::Device::Cpu)?);
             }
             let weights_digest = digest(&files)?;
-            build(config, device, weights_digest, |name, shape| from_tensors(&tensors, name, shape))
+            // Taken out one by one: what is left over tells that another model was meant.
+            let tensors = RefCell::new(tensors);
+            let loaded = build(config, device, weights_digest, |name, shape| {
+                from_tensor(tensors.borrow_mut().remove(name), name, shape)
+            })?;
+            refuse_leftovers(loaded.decoder.config(), tensors.into_inner().into_keys())?;
+            Ok(loaded)
         }
         Source::Random { config, seed } => {
             let text = format!("random weights {} seed {seed}", config.canonical());
@@ -67,6 +74,7 @@ fn build<D: Device>(
     let c = &config;
     let (hidden, ff) = (c.hidden, c.intermediate);
     let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let attention = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
     let stacked = |parts: &[(&str, usize)], layer: usize| -> Result<D::Matrix, Error> {
         let mut data = Vec::new();
         for (name, rows) in parts {
@@ -74,12 +82,25 @@ fn build<D: Device>(
         }
         device.matrix(data, parts.iter().map(|(_, rows)| rows).sum(), hidden)
     };
+    let biases = |layer: usize| -> Result<D::Vector, Error> {
+        let mut data = Vec::new();
+        for (name, rows) in attention {
+            data.extend(fetch(&format!("model.layers.{layer}.{name}.bias"), &[rows])?);
+        }
+        device.vector(data)
+    };
     let mut layers = Vec::with_capacity(c.layers);
     for i in 0..c.layers {
         let name = |part: &str| format!("model.layers.{i}.{part}.weight");
+        let head_norms = || -> Result<HeadNorms<D>, Error> {
+            let vector = |part| device.vector(fetch(&name(part), &[c.head_dim])?);
+            Ok(HeadNorms { query: vector("self_attn.q_norm")?, key: vector("self_attn.k_norm")? })
+        };
         layers.push(Layer {
             attention_norm: device.vector(fetch(&name("input_layernorm"), &[hidden])?)?,
-            qkv: stacked(&[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)], i)?,
+            qkv: stacked(&attention, i)?,
+            qkv_bias: c.family.has_qkv_biases().then(|| biases(i)).transpose()?,
+            head_norms: c.family.has_head_norms().then(head_norms).transpose()?,
             output: device.matrix(fetch(&name("self_attn.o_proj"), &[hidden, q])?, hidden, q)?,
             mlp_norm: device.vector(fetch(&name("post_attention_layernorm"), &[hidden])?)?,
             gate_up: stacked(&[("mlp.gate_proj", ff), ("mlp.up_proj", ff)], i)?,
@@ -96,8 +117,8 @@ fn build<D: Device>(
     Ok(Loaded { decoder: Decoder::assemble(Arc::new(device), config, weights), weights_digest })
 }
 
-fn from_tensors(tensors: &HashMap<String, Tensor>, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
-    let tensor = tensors.get(name).ok_or_else(|| Error::Weights(format!("{name} is missing")))?;
+fn from_tensor(tensor: Option<Tensor>, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
+    let tensor = tensor.ok_or_else(|| Error::Weights(format!("{name} is missing")))?;
     if tensor.dims() != shape {
         return Err(Error::Weights(format!(
             "{name} has shape {:?}, config.json says {shape:?}",
@@ -107,13 +128,32 @@ fn from_tensors(tensors: &HashMap<String, Tensor>, name: &str, shape: &[usize]) 
     Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
-/// Uniform values with the variance of a fan-in initialisation; norms are ones.
+/// Weights that nothing asked for, such as the biases of another family or layers behind the last, change
+/// what the model should have answered. Only what is known to change nothing may be left over.
+fn refuse_leftovers(config: &Config, names: impl Iterator<Item = String>) -> Result<(), Error> {
+    let harmless = |name: &String| {
+        // Old checkpoints hold the frequencies, which follow from the configuration.
+        name.ends_with(".rotary_emb.inv_freq") || (config.tied && name == "lm_head.weight")
+    };
+    match names.filter(|name| !harmless(name)).min() {
+        None => Ok(()),
+        Some(name) => Err(Error::Weights(format!(
+            "{name} has no place in a {} decoder of {} layers; use config.json and weights of the same model",
+            config.family.name(),
+            config.layers,
+        ))),
+    }
+}
+
+/// Uniform values with the variance of a fan-in initialisation; norms are ones, and biases have the variance
+/// of what they are added to.
 fn random(seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
     let count = shape.iter().product();
-    if shape.len() == 1 {
+    if shape.len() == 1 && !name.ends_with(".bias") {
         return vec![1.0; count];
     }
-    let bound = (3.0 / shape[1] as f32).sqrt();
+    let fan_in = shape.get(1).copied().unwrap_or(1);
+    let bound = (3.0 / fan_in as f32).sqrt();
     let hash = blake3::hash(format!("{seed}/{name}").as_bytes());
     let base = u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap_or_default());
     (0..count as u64)
