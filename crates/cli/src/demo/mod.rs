@@ -6,7 +6,7 @@ mod timing;
 
 use crate::{ingest, text};
 use cacheclip::fleet::{Fleet, Options};
-use cacheclip_bench::Corpus;
+use cacheclip_bench::{Corpus, Family};
 use indicatif::{ProgressBar, ProgressStyle};
 use report::{Report, Summary};
 use std::path::PathBuf;
@@ -41,7 +41,7 @@ pub(crate) struct Arguments {
 
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let corpus: Corpus = match arguments.seed {
-        Some(seed) => cacheclip_bench::world::generate(seed, DISTRICTS, QUESTIONS),
+        Some(seed) => cacheclip_bench::world::generate(seed, DISTRICTS, QUESTIONS, &Family::RELIABLE),
         None => serde_json::from_str(SHIPPED)?,
     };
     let data = tempfile::tempdir()?;

@@ -193,7 +193,7 @@ impl Report {
 
     /// One question in full: what was asked, what was recomputed.
     fn print_example(&self, corpus: &Corpus) {
-        let Some(q) = self.questions.iter().find(|q| q.family == Family::TwoLinks) else { return };
+        let Some(q) = self.questions.iter().find(|q| q.family == Family::Link) else { return };
         text::line("");
         text::line(
             "One of the questions, its reports in this order; what CacheClip recomputed stands in [brackets]:",

@@ -14,7 +14,7 @@ const REPORTS: usize = 2;
 
 /// Full prefill against reuse at the default ratio, 2K tokens, all services involved.
 pub(crate) async fn measure(options: Options) -> anyhow::Result<TimingRow> {
-    let corpora = [world::generate(11, 4, 1), world::generate(12, 4, 1)];
+    let corpora = [world::generate(11, 4, 1, &Family::ALL), world::generate(12, 4, 1, &Family::ALL)];
     let texts: Vec<&str> = corpora.iter().flat_map(|c| c.documents.iter().map(|d| d.text.as_str())).collect();
     let chunks: Vec<String> = texts.chunks(REPORTS).map(|reports| reports.join(" ")).collect();
     let question = &corpora[0].questions[0].text;
