@@ -12,6 +12,7 @@
 //! | layout | derive-key, context `cacheclip.v1 layout id` | key spec `u32`; weights digest (32); adapter digest (32 or absent); tokenizer digest (32); RoPE theta `f64`; RoPE scaling (absent, or `llama3` ‖ factor `f64` ‖ low-frequency factor `f64` ‖ high-frequency factor `f64` ‖ original maximal position `u32`); layers `u32`; KV heads `u32`; head dimension `u32`; dtype name |
 //! | anchor | derive-key, context `cacheclip.v1 anchor id` | layout (32); token ids |
 //! | chunk key | derive-key, context `cacheclip.v1 chunk key` | layout (32); anchor (32); scope (32); token ids |
+//! | auxiliary chunk key | derive-key, context `cacheclip.v1 auxiliary chunk key` | auxiliary layout (32); auxiliary anchor (32); text digest (32) |
 //! | scope | keyed, by the secret (32) | `cacheclip.v1 scope id`; key id `u32`; `tenant` or `corpus`; name; salt |
 //! | text digest | derive-key, context `cacheclip.v1 text digest` | scope (32); text |
 
@@ -67,6 +68,16 @@ impl ChunkKey {
         framed.tokens(ids);
         Self::from_bytes(framed.finish())
     }
+
+    /// The key of a chunk's auxiliary KV. The scorer knows a chunk by its text digest, which holds the scope, and
+    /// must find the KV before it has the text, so the digest stands for scope and token ids.
+    pub fn auxiliary(layout: &LayoutId, anchor: &AnchorId, digest: &[u8; 32]) -> Self {
+        let mut framed = Framed::derive("cacheclip.v1 auxiliary chunk key");
+        framed.field(layout.as_bytes());
+        framed.field(anchor.as_bytes());
+        framed.field(digest);
+        Self::from_bytes(framed.finish())
+    }
 }
 
 /// The scorer's name for a chunk's text. It depends on the scope, so that asking for a digest tells nobody
@@ -106,5 +117,32 @@ mod tests {
         let scope = ScopeId::from_bytes([1; 32]);
         // The same fields, framed alike: only the context differs.
         assert_ne!(*AnchorId::new(&layout, &[]).as_bytes(), text_digest(&scope, ""));
+        let anchor = AnchorId::new(&layout, &[]);
+        let primary = ChunkKey::new(&layout, &anchor, &scope, &[]);
+        assert_ne!(ChunkKey::auxiliary(&layout, &anchor, scope.as_bytes()), primary);
+    }
+
+    #[test]
+    fn an_auxiliary_key_is_the_one_that_was_published() {
+        let layout = LayoutId::from_bytes([0x11; 32]);
+        let anchor = AnchorId::from_bytes([0x22; 32]);
+        let key = ChunkKey::auxiliary(&layout, &anchor, &std::array::from_fn(|i| i as u8));
+        // Made by another implementation of blake3 from the table above.
+        assert_eq!(key.to_string(), "fc16a50c149251144ea6865759ea96e39104b40c49919132a83502be24befcbc");
+        for other in [
+            ChunkKey::auxiliary(
+                &LayoutId::from_bytes([0x12; 32]),
+                &anchor,
+                &std::array::from_fn(|i| i as u8),
+            ),
+            ChunkKey::auxiliary(
+                &layout,
+                &AnchorId::from_bytes([0x23; 32]),
+                &std::array::from_fn(|i| i as u8),
+            ),
+            ChunkKey::auxiliary(&layout, &anchor, &[0; 32]),
+        ] {
+            assert_ne!(other, key);
+        }
     }
 }

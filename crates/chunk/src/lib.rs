@@ -14,7 +14,7 @@ pub mod layout;
 pub mod scope;
 
 pub use container::codec::Codec;
-pub use container::encode::{Parts, Rank, encode};
+pub use container::encode::{Parts, Rank, encode, encode_with_ids};
 pub use container::head::{Head, SegmentEntry, SegmentKind};
 pub use container::{Container, FormatError};
 pub use ids::{AnchorId, ChunkKey, ContainerHash, IdError, LayoutId, ScopeId};

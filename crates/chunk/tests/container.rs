@@ -5,6 +5,7 @@ use bytes::Bytes;
 use cacheclip_chunk::container::head::{HEADER_LEN, MAX_HEAD_LEN};
 use cacheclip_chunk::{
     ByteSpan, ChunkKey, Codec, Container, Dtype, FormatError, Head, KvShape, LayoutId, Parts, Rank, encode,
+    encode_with_ids,
 };
 use proptest::prelude::*;
 
@@ -17,6 +18,7 @@ struct Sample {
     layers: Vec<Vec<u8>>,
     spans: Option<Vec<ByteSpan>>,
     rank: Option<(u16, Vec<u8>)>,
+    ids: Option<Vec<u32>>,
     codec: Codec,
 }
 
@@ -34,8 +36,15 @@ impl Sample {
         }
     }
 
+    fn encoded(&self) -> Result<Vec<u8>, FormatError> {
+        match &self.ids {
+            Some(ids) => encode_with_ids(&self.parts(), ids, self.codec),
+            None => encode(&self.parts(), self.codec),
+        }
+    }
+
     fn bytes(&self) -> Vec<u8> {
-        encode(&self.parts(), self.codec).unwrap()
+        self.encoded().unwrap()
     }
 }
 
@@ -47,7 +56,7 @@ prop_compose! {
         codec in prop_oneof![Just(Codec::Raw), (1..4).prop_map(|level| Codec::BytePlaneZstd { level })],
         // Few bits set compress, all bits set do not: both ways of storing occur.
         mask in prop_oneof![Just(0xffu8), Just(0x0f), Just(0)],
-        (with_spans, with_rank) in any::<(bool, bool)>(),
+        (with_spans, with_rank, with_ids) in any::<(bool, bool, bool)>(),
     )(
         layers in prop::collection::vec(
             prop::collection::vec(any::<u8>().prop_map(move |byte| byte & mask), shape.layer_bytes(tokens, dtype) as usize),
@@ -55,12 +64,15 @@ prop_compose! {
         ),
         spans in prop::collection::vec((0u32..1000, 0u32..9).prop_map(|(start, len)| ByteSpan { start, end: start + len }), tokens as usize),
         rank in (any::<u16>(), prop::collection::vec(any::<u8>(), tokens as usize)),
-        (shape, tokens, dtype, codec, with_spans, with_rank) in Just((shape, tokens, dtype, codec, with_spans, with_rank)),
+        ids in prop::collection::vec(any::<u32>(), tokens as usize),
+        (shape, tokens, dtype, codec, with_spans, with_rank, with_ids) in
+            Just((shape, tokens, dtype, codec, with_spans, with_rank, with_ids)),
     ) -> Sample {
         Sample {
             shape, tokens, dtype, layers, codec,
             spans: with_spans.then_some(spans),
             rank: with_rank.then_some(rank),
+            ids: with_ids.then_some(ids),
         }
     }
 }
@@ -87,6 +99,7 @@ proptest! {
         }
         prop_assert_eq!(container.spans().unwrap(), sample.spans);
         prop_assert_eq!(container.rank().unwrap(), sample.rank);
+        prop_assert_eq!(container.ids().unwrap(), sample.ids);
         prop_assert!(container.layer(sample.shape.layers).is_err());
     }
 
@@ -158,13 +171,14 @@ fn plain() -> Sample {
         layers: vec![vec![0; 48]; 2],
         spans: None,
         rank: None,
+        ids: None,
         codec: Codec::default(),
     }
 }
 
 #[test]
 fn parts_that_contradict_each_other_are_refused() {
-    let encode = |sample: &Sample| encode(&sample.parts(), sample.codec);
+    let encode = |sample: &Sample| sample.encoded();
     let short_layer = Sample { layers: vec![vec![0; 48], vec![0; 47]], ..plain() };
     assert!(matches!(
         encode(&short_layer),
@@ -179,6 +193,8 @@ fn parts_that_contradict_each_other_are_refused() {
     assert!(matches!(encode(&spans), Err(FormatError::Content { index: 0, .. })));
     let ranks = Sample { rank: Some((1, vec![0; 4])), ..plain() };
     assert!(matches!(encode(&ranks), Err(FormatError::Parts { field: "rank", .. })));
+    let ids = Sample { ids: Some(vec![7; 2]), ..plain() };
+    assert!(matches!(encode(&ids), Err(FormatError::Parts { field: "ids", found: 2, expected: 3 })));
     let empty = Sample { tokens: 0, layers: vec![vec![]; 2], ..plain() };
     assert!(matches!(encode(&empty), Err(FormatError::Field { field: "token count", .. })));
     let level = Sample { codec: Codec::BytePlaneZstd { level: 99 }, ..plain() };
@@ -200,4 +216,38 @@ fn a_newer_version_is_told_from_damage() {
     let mut bytes = plain().bytes();
     bytes[8] = 2;
     assert_eq!(Head::parse(&bytes), Err(FormatError::Version { found: 2 }));
+}
+
+/// Writes the check anew over a head whose table was changed.
+fn rechecked(mut bytes: Vec<u8>) -> Vec<u8> {
+    let len = Head::len_from_prefix(&bytes).unwrap();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&bytes[..112]).update(&bytes[HEADER_LEN..len]);
+    bytes[112..128].copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    bytes
+}
+
+#[test]
+fn optional_segments_come_once_each_and_in_their_order() {
+    let all = Sample {
+        spans: Some(vec![ByteSpan { start: 0, end: 1 }; 3]),
+        rank: Some((1, vec![0; 3])),
+        ids: Some(vec![7, 8, 9]),
+        ..plain()
+    };
+    let container = verified(all.bytes()).unwrap();
+    assert_eq!(container.ids().unwrap().unwrap(), [7, 8, 9]);
+    let kinds: Vec<u16> = container.head().segments().iter().map(|entry| entry.kind as u16).collect();
+    assert_eq!(kinds, [1, 1, 2, 3, 4]);
+    // The kind of entry 2, 3 or 4 becomes another one: a repetition, a wrong order, an unknown kind.
+    for (entry, kind) in [(3, 2), (3, 4), (4, 3), (2, 4), (2, 1), (4, 5), (4, 0)] {
+        let mut bytes = all.bytes();
+        bytes[HEADER_LEN + entry * 64] = kind;
+        let error = Head::parse(&rechecked(bytes)).unwrap_err();
+        assert!(
+            matches!(error, FormatError::Field { field: "segment kind" | "raw length", .. }),
+            "entry {entry} of kind {kind}: {error}"
+        );
+    }
+    assert!(Head::parse(&rechecked(all.bytes())).is_ok(), "the control: nothing changed");
 }

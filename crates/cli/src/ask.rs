@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
     #[arg(long, default_value = "cacheclip")]
     policy: String,
     /// Share of the reused tokens to recompute, 0 to 1.
-    #[arg(long)]
+    #[arg(long, value_parser = text::share)]
     ratio: Option<f32>,
     /// Most tokens to generate.
     #[arg(long, default_value_t = 64)]

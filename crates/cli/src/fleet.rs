@@ -55,13 +55,16 @@ impl Fleet {
     /// # Errors
     /// Whatever keeps one of them from starting, under its name.
     pub async fn start(options: Options) -> anyhow::Result<Self> {
-        let Options { store, scorer, mut worker, mut gateway } = options;
+        let Options { store, mut scorer, mut worker, mut gateway } = options;
         let store = cacheclip_cache_store::start(store).await.context("cache-store")?;
+        if let Some(scorer) = &mut scorer {
+            scorer.stores = vec![store.endpoint()];
+        }
         let scorer = match scorer {
             Some(scorer) => Some(cacheclip_aux_scorer::start(scorer).await.context("aux-scorer")?),
             None => None,
         };
-        worker.store = Some(store.endpoint());
+        worker.stores = vec![store.endpoint()];
         let worker = cacheclip_gpu_worker::start(worker).await.context("gpu-worker")?;
         gateway.workers = vec![worker.endpoint()];
         gateway.scorers = scorer.iter().map(Running::endpoint).collect();

@@ -46,6 +46,16 @@ pub(crate) struct Total {
     pub(crate) tokens: u64,
 }
 
+impl Total {
+    fn plus(self, other: Self) -> Self {
+        Self {
+            chunks: self.chunks + other.chunks,
+            computed: self.computed + other.computed,
+            tokens: self.tokens + other.tokens,
+        }
+    }
+}
+
 /// Sends documents (name and chunks) and follows their progress.
 pub(crate) async fn send(
     client: &mut GatewayClient<Channel>,
@@ -64,14 +74,22 @@ pub(crate) async fn send(
     });
     let requests: Vec<IngestRequest> = requests.collect();
     let mut progress = client.ingest(tokio_stream::iter(requests)).await?.into_inner();
-    let mut total = Total::default();
+    // Messages carry running totals of one document, and documents come one after the other.
+    let (mut ended, mut current) = (Total::default(), Total::default());
+    let mut document = None;
     while let Some(done) = progress.message().await? {
-        total.chunks += u64::from(done.chunks_done);
-        total.computed += u64::from(done.chunks_computed);
-        total.tokens += done.tokens;
-        bar.set_position(total.chunks);
+        if document.as_ref() != Some(&done.document) {
+            ended = ended.plus(current);
+            document = Some(done.document.clone());
+        }
+        current = Total {
+            chunks: u64::from(done.chunks_done),
+            computed: u64::from(done.chunks_computed),
+            tokens: done.tokens,
+        };
+        bar.set_position(ended.plus(current).chunks);
         bar.set_message(done.document);
     }
     bar.finish_and_clear();
-    Ok(total)
+    Ok(ended.plus(current))
 }

@@ -2,3 +2,4 @@
 //! stand on it.
 
 pub mod fleet;
+pub mod metrics;

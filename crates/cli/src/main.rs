@@ -31,7 +31,13 @@ enum Command {
     Ask(ask::Arguments),
     /// Precompute the KV of text files, one chunk per paragraph.
     Ingest(ingest::Arguments),
-    /// Print a generated corpus with questions and answers as JSON.
+    /// Print every metric of every service: names, kinds, labels, meanings.
+    Metrics {
+        /// As the page docs/metrics.md instead of JSON.
+        #[arg(long)]
+        markdown: bool,
+    },
+    /// Print the corpus that `demo --seed` generates, with its questions and answers, as JSON.
     World {
         /// The same seed gives the same corpus.
         #[arg(long, default_value_t = 1)]
@@ -59,8 +65,18 @@ fn main() -> ExitCode {
             Command::Serve(arguments) => serve::run(arguments).await,
             Command::Ask(arguments) => ask::run(arguments).await,
             Command::Ingest(arguments) => ingest::run(arguments).await,
+            Command::Metrics { markdown: true } => {
+                text::piece(&cacheclip::metrics::page());
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::Metrics { markdown: false } => text::json(&cacheclip::metrics::all()),
             Command::World { seed, questions } => {
-                text::json(&cacheclip_bench::world::generate(seed, demo::DISTRICTS, questions))
+                text::json(&cacheclip_bench::world::generate(
+                    seed,
+                    demo::DISTRICTS,
+                    questions,
+                    &cacheclip_bench::Family::RELIABLE,
+                ))
             }
         }
     });

@@ -7,9 +7,34 @@ use std::process::ExitCode;
 /// One line on standard error, with its causes.
 pub(crate) fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
     let mut err = std::io::stderr().lock();
+    let mut causes = Vec::new();
+    for cause in error.chain() {
+        causes.push(one(cause));
+        // A status says what its transport's causes say, once each of them has repeated it.
+        if cause.is::<tonic::Status>() {
+            break;
+        }
+    }
     // Nobody is left to tell when standard error is closed.
-    let _ = writeln!(err, "cacheclip: {error:#}");
+    let _ = writeln!(err, "cacheclip: {}", causes.join(": "));
     ExitCode::from(code)
+}
+
+/// One cause. A status is its code and its message: the rest of it is for programs.
+fn one(cause: &(dyn std::error::Error + 'static)) -> String {
+    match cause.downcast_ref::<tonic::Status>() {
+        Some(status) => format!("{}: {}", cacheclip_service::code_name(status.code()), status.message()),
+        None => cause.to_string(),
+    }
+}
+
+/// Parses a share of the command line.
+pub(crate) fn share(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        // NaN is within no range.
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(share),
+        _ => Err("a share is a number from 0 to 1".into()),
+    }
 }
 
 /// A line on standard output; a reader that went away ends the output, not the work.

@@ -42,6 +42,16 @@ impl Arrival {
         Self { key, range, head: None, next_layer, extras: Vec::new(), partial: None, over: false }
     }
 
+    /// Bytes of its container, once the store has shown its head.
+    pub(crate) fn container_len(&self) -> Option<u64> {
+        self.head.as_ref().map(|head| head.container_len())
+    }
+
+    /// Whether all that was asked for has come.
+    pub(crate) fn complete(&self) -> bool {
+        self.next_layer == self.range.end
+    }
+
     /// A new attempt begins: what was cut off in the middle comes again.
     pub(crate) fn restart(&mut self) {
         self.partial = None;
@@ -106,8 +116,10 @@ impl Arrival {
                 Ok(Some(whole))
             }
             SegmentKind::Layer => Err(Corrupt),
-            SegmentKind::Spans | SegmentKind::Rank if self.extras.contains(&index) => Ok(None),
-            SegmentKind::Spans | SegmentKind::Rank => {
+            SegmentKind::Spans | SegmentKind::Rank | SegmentKind::Ids if self.extras.contains(&index) => {
+                Ok(None)
+            }
+            SegmentKind::Spans | SegmentKind::Rank | SegmentKind::Ids => {
                 self.extras.push(index);
                 Ok(Some(whole))
             }

@@ -1,51 +1,32 @@
-//! Connections to stores and the calls on them.
+//! The handle to the stores: every call goes to the stores that placement names, side by side, and comes back as
+//! one answer.
 
 use crate::fetch::{Fetch, start};
-use crate::{Error, LayerStream, Options, Outcome, metrics};
+use crate::find::Finder;
+use crate::fleet::Fleet;
+use crate::moves::Mover;
+use crate::whole::{self, Containers};
+use crate::{Error, LayerStream, Options, Outcome};
 use bytes::Bytes;
 use cacheclip_chunk::{ChunkKey, ContainerHash, Head, LayoutId};
-use cacheclip_rpc::convert::id_bytes;
-use cacheclip_rpc::v1::cache_client::CacheClient;
-use cacheclip_rpc::v1::{self, DeleteRequest, LookupRequest, MissReason, PutFrame, PutHead, Tier, put_frame};
-use cacheclip_service::request_id::outgoing;
-use cacheclip_service::{ConnectOptions, connect, seconds};
-use std::future::Future;
+use cacheclip_rpc::v1::{MissReason, Tier};
+use cacheclip_service::{ConnectOptions, seconds};
+use futures::future::join_all;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
-use tonic::transport::Channel;
-use tonic::{Code, Request, Response, Status};
-
-/// Bytes of one frame of a put.
-const PUT_FRAME: usize = 512 << 10;
-/// Largest message a store may send: a frame is at most 1 MiB, a head somewhat less.
-const MAX_MESSAGE: usize = 4 << 20;
-
-/// One store. Bulk reads and writes have a connection of their own, so that a lookup never waits behind them.
-#[derive(Clone, Debug)]
-pub(crate) struct Node {
-    control: CacheClient<Channel>,
-    pub(crate) bulk: CacheClient<Channel>,
-}
-
-impl Node {
-    fn new(control: Channel, bulk: Channel) -> Self {
-        let client = |channel| CacheClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
-        Self { control: client(control), bulk: client(bulk) }
-    }
-}
 
 /// Handle to the stores. Cheap to clone; connects with its first call and again after a loss.
 #[derive(Clone, Debug)]
 pub struct StoreClient {
-    node: Node,
+    fleet: Fleet,
+    mover: Mover,
     options: Arc<Options>,
 }
 
 /// Where a lookup found a chunk, or why it did not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Located {
-    /// The store has it.
+    /// A store has it.
     Found {
         /// Hash of the container it has.
         container: ContainerHash,
@@ -54,7 +35,7 @@ pub enum Located {
         /// Where in the store.
         tier: Tier,
     },
-    /// The store does not have it, or could not be asked.
+    /// No store has it, or the one that should could not be asked.
     Missing(MissReason),
 }
 
@@ -65,167 +46,124 @@ pub struct Deleted {
     pub objects: u32,
     /// Their bytes.
     pub bytes: u64,
+    /// Stores that are known and not live: they may still have the chunks.
+    pub unreached: u32,
 }
 
 impl StoreClient {
-    /// A client of the store at `endpoint` (`http://host:port` or `host:port`), with default patience. Needs a
-    /// tokio runtime; does not connect yet.
+    /// A client of the stores at `seeds` and of all that these name: each `http://host:port`, or
+    /// `dns+http://host:port` for every address of a name. Needs a tokio runtime; the first call waits for the
+    /// stores' first word.
     ///
     /// # Errors
-    /// An endpoint that cannot be dialled.
-    pub fn connect(endpoint: &str, options: &ConnectOptions) -> Result<Self, Error> {
-        Ok(Self::new(connect(endpoint, options)?, connect(endpoint, options)?, Options::default()))
+    /// No seed, or one that cannot be dialled.
+    pub fn connect(seeds: &[impl AsRef<str>], connect: &ConnectOptions) -> Result<Self, Error> {
+        Self::connect_with(seeds, connect, Options::default())
     }
 
-    /// A client on channels the caller made: one for lookups and deletes, one for bulk.
-    pub fn new(control: Channel, bulk: Channel, options: Options) -> Self {
-        Self { node: Node::new(control, bulk), options: Arc::new(options) }
+    /// The same with another patience.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub fn connect_with(
+        seeds: &[impl AsRef<str>],
+        connect: &ConnectOptions,
+        options: Options,
+    ) -> Result<Self, Error> {
+        let options = Arc::new(options);
+        let fleet = Fleet::start(seeds, connect, &options)?;
+        let mover = Mover::start(fleet.clone(), Arc::clone(&options));
+        Ok(Self { fleet, mover, options })
     }
 
-    /// The same connections with other deadlines and retries.
-    #[must_use]
-    pub fn with_options(self, options: Options) -> Self {
-        Self { options: Arc::new(options), ..self }
-    }
-
-    /// The store that keeps a key: where rendezvous placement over several stores will choose.
-    fn place(&self, _key: &ChunkKey) -> &Node {
-        &self.node
-    }
-
-    /// Which of `keys` the store has, in their order. A store that cannot be asked has none of them, by the
-    /// reason UNAVAILABLE or TIMEOUT.
+    /// Which of `keys` the stores have, in their order. Where the store that keeps a chunk cannot be asked, the
+    /// chunk is missing, by the reason UNAVAILABLE or TIMEOUT.
     pub async fn lookup(&self, layout: LayoutId, keys: &[ChunkKey]) -> Vec<Located> {
-        let Some(first) = keys.first() else { return Vec::new() };
-        let mut missing = MissReason::Unavailable;
-        for attempt in 0..=self.options.retries {
-            self.pause(attempt).await;
-            let request = LookupRequest {
-                layout: id_bytes(layout.as_bytes()),
-                keys: keys.iter().map(|key| id_bytes(key.as_bytes())).collect(),
-            };
-            let mut client = self.place(first).control.clone();
-            let timeout = self.options.call_timeout_seconds;
-            match call("lookup", timeout, client.lookup(outgoing(Request::new(request)))).await {
-                Ok(answer) if answer.entries.len() == keys.len() => {
-                    return answer.entries.iter().map(located).collect();
-                }
-                Ok(_) => break,
-                Err(Error::Timeout { .. }) => {
-                    missing = MissReason::Timeout;
-                    break;
-                }
-                Err(Error::Status(status)) if worth_retrying(&status) => missing = reason(&status),
-                Err(_) => break,
-            }
+        let mut located = vec![Located::Missing(MissReason::Unavailable); keys.len()];
+        if keys.is_empty() {
+            return located;
         }
-        vec![Located::Missing(missing); keys.len()]
+        self.met().await;
+        let finder = Finder::new(&self.fleet, &self.options, layout, keys);
+        let groups = finder.groups();
+        let found = join_all(groups.iter().map(|(owner, indices)| finder.locate(owner, indices))).await;
+        for (index, found) in found.into_iter().flatten() {
+            located[index] = match found {
+                Ok(at) => Located::Found { container: at.container, bytes: at.bytes, tier: at.tier },
+                Err(reason) => Located::Missing(reason),
+            };
+        }
+        located
     }
 
-    /// Layers `range` of several chunks, layer-major: all chunks' first layer, then their second. Chunks are
-    /// named by their index in `keys`. Every layer that comes out is verified and decoded; every chunk ends
-    /// with its last layer or with [`Item::Missing`]. Dropping the stream stops the store's work.
+    /// Layers `range` of several chunks. What one store has comes layer-major: its chunks' first layer, then their
+    /// second; stores come side by side. Chunks are named by their index in `keys`. Every layer that comes out is
+    /// verified and decoded; every chunk ends with its last layer or with [`Item::Missing`](crate::Item::Missing).
+    /// Dropping the stream stops the stores' work.
     pub fn get_layers(&self, layout: LayoutId, keys: &[ChunkKey], range: Range<u32>) -> LayerStream {
-        let node = keys.first().map_or(&self.node, |key| self.place(key)).clone();
-        start(Fetch { node, layout, keys: keys.to_vec(), range, options: Arc::clone(&self.options) })
+        start(Fetch {
+            fleet: self.fleet.clone(),
+            mover: self.mover.clone(),
+            layout,
+            keys: keys.to_vec(),
+            range,
+            options: Arc::clone(&self.options),
+        })
+    }
+
+    /// Whole containers of several chunks, as they come, or why they do not: for a reader that wants all of a chunk
+    /// and has no use for one layer before the others. Heads are checked; segments are verified when they are read
+    /// from the container. Dropping the stream stops the stores' work.
+    pub fn get(&self, layout: LayoutId, keys: &[ChunkKey]) -> Containers {
+        let (fleet, mover, options) = (self.fleet.clone(), self.mover.clone(), Arc::clone(&self.options));
+        whole::start(fleet, mover, options, layout, keys.to_vec())
     }
 
     /// Stores a container. The first writer of a key wins; a later one is told [`Outcome::Existed`].
     ///
     /// # Errors
-    /// Bytes that are not a container, a store that refuses it or cannot be reached in time.
+    /// Bytes that are not a container, no live store, a store that refuses it or cannot be reached in time.
     pub async fn put(&self, container: Bytes) -> Result<Outcome, Error> {
         let head = Head::parse(&container)?;
-        let announced = put_frame::Frame::Head(PutHead {
-            layout: id_bytes(head.layout().as_bytes()),
-            key: id_bytes(head.key().as_bytes()),
-            bytes: container.len() as u64,
-        });
-        let frames = (0..container.len())
-            .step_by(PUT_FRAME)
-            .map(move |at| put_frame::Frame::Data(container.slice(at..container.len().min(at + PUT_FRAME))));
-        let frames = std::iter::once(announced).chain(frames).map(|frame| PutFrame { frame: Some(frame) });
-        let mut client = self.place(&head.key()).bulk.clone();
-        let request = outgoing(Request::new(futures::stream::iter(frames)));
-        let answer = call("put", self.options.put_timeout_seconds, client.put(request)).await?;
-        Ok(answer.outcome())
+        self.met().await;
+        let mut lost = None;
+        loop {
+            let Some(node) = self.fleet.view().keeper(&head.key()).map(Arc::clone) else {
+                return Err(lost.unwrap_or(Error::NoStore));
+            };
+            match self.fleet.put(&node, &head, container.clone(), &self.options).await {
+                // Another store keeps the chunk from now on.
+                Err(error) if lost.is_none() && !node.is_live() => lost = Some(error),
+                answer => return answer,
+            }
+        }
     }
 
-    /// Removes chunks from the store.
+    /// Removes chunks from all live stores: which of them hold copies is not known.
     ///
     /// # Errors
-    /// A store that refuses or cannot be reached in time: the chunks may then still be there.
+    /// No live store, or one that refuses or cannot be reached in time: the chunks may then still be there.
     pub async fn delete(&self, layout: LayoutId, keys: &[ChunkKey]) -> Result<Deleted, Error> {
-        let Some(first) = keys.first() else { return Ok(Deleted::default()) };
-        let request = DeleteRequest {
-            layout: id_bytes(layout.as_bytes()),
-            keys: keys.iter().map(|key| id_bytes(key.as_bytes())).collect(),
-        };
-        let mut client = self.place(first).control.clone();
-        let request = outgoing(Request::new(request));
-        let answer = call("delete", self.options.call_timeout_seconds, client.delete(request)).await?;
-        Ok(Deleted { objects: answer.objects, bytes: answer.bytes })
+        if keys.is_empty() {
+            return Ok(Deleted::default());
+        }
+        self.met().await;
+        let view = self.fleet.view();
+        if view.len() == 0 {
+            return Err(Error::NoStore);
+        }
+        let mut sum = Deleted { unreached: self.fleet.absent() as u32, ..Deleted::default() };
+        let calls = view.all().map(|node| self.fleet.delete(node, layout, keys, &self.options));
+        // All of them are waited for: one that fails must not keep another from deleting.
+        for deleted in join_all(calls).await {
+            let deleted = deleted?;
+            sum.objects += deleted.objects;
+            sum.bytes += deleted.bytes;
+        }
+        Ok(sum)
     }
 
-    async fn pause(&self, attempt: u32) {
-        pause(&self.options, attempt).await;
-    }
-}
-
-/// Waits before a retry; counts it.
-pub(crate) async fn pause(options: &Options, attempt: u32) {
-    if attempt > 0 {
-        metrics::retried();
-        let factor = f64::from(1u32 << (attempt - 1).min(10));
-        tokio::time::sleep(seconds(options.backoff_seconds * factor)).await;
-    }
-}
-
-/// Whether the same read may succeed when it is made again.
-pub(crate) fn worth_retrying(status: &Status) -> bool {
-    matches!(
-        status.code(),
-        // A connection that breaks in the middle of an answer is Unknown, Internal or Cancelled to tonic.
-        Code::Unavailable
-            | Code::Unknown
-            | Code::Internal
-            | Code::Cancelled
-            | Code::Aborted
-            | Code::ResourceExhausted
-    )
-}
-
-/// Why chunks are missing when their read ended with a status.
-pub(crate) fn reason(status: &Status) -> MissReason {
-    match status.code() {
-        Code::DeadlineExceeded => MissReason::Timeout,
-        Code::FailedPrecondition => MissReason::Layout,
-        _ => MissReason::Unavailable,
-    }
-}
-
-/// An id-sized field of an answer, or why the entry counts as missing.
-fn located(entry: &v1::Entry) -> Located {
-    if !entry.found {
-        return Located::Missing(entry.reason());
-    }
-    match ContainerHash::try_from(&entry.container_hash[..]) {
-        Ok(container) => Located::Found { container, bytes: entry.bytes, tier: entry.tier() },
-        Err(_) => Located::Missing(MissReason::Corrupt),
-    }
-}
-
-async fn call<T>(
-    method: &'static str,
-    timeout: f64,
-    call: impl Future<Output = Result<Response<T>, Status>>,
-) -> Result<T, Error> {
-    let started = Instant::now();
-    let answer = tokio::time::timeout(seconds(timeout), call).await;
-    metrics::call_ended(method, started.elapsed().as_secs_f64());
-    match answer {
-        Ok(Ok(answer)) => Ok(answer.into_inner()),
-        Ok(Err(status)) => Err(Box::new(status).into()),
-        Err(_) => Err(Error::Timeout { seconds: timeout }),
+    async fn met(&self) {
+        self.fleet.met(seconds(self.options.call_timeout_seconds)).await;
     }
 }

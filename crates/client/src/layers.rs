@@ -2,7 +2,7 @@
 
 use crate::chunk::Whole;
 use crate::metrics;
-use cacheclip_chunk::container::{parse_rank, parse_spans};
+use cacheclip_chunk::container::{parse_ids, parse_rank, parse_spans};
 use cacheclip_chunk::{ByteSpan, FormatError, Head, SegmentKind};
 use cacheclip_rpc::v1::{MissReason, Tier};
 use futures::{Stream, ready};
@@ -25,8 +25,8 @@ pub struct LayerKv {
     pub data: Vec<u8>,
 }
 
-/// What comes of one chunk, in this order: its head; its spans and rank where it has them; its layers, ascending.
-/// Or, at any point, that it is missing, and then nothing more of it.
+/// What comes of one chunk, in this order: its head; its spans, rank and ids where it has them and the store sends
+/// them; its layers, ascending. Or, at any point, that it is missing, and then nothing more of it.
 #[derive(Clone, Debug)]
 pub enum Item {
     /// The store has the chunk.
@@ -54,6 +54,13 @@ pub enum Item {
         /// One per token; higher matters more.
         ranks: Vec<u8>,
     },
+    /// Token ids.
+    Ids {
+        /// Index of the chunk in the keys asked for.
+        chunk: usize,
+        /// One per token.
+        ids: Vec<u32>,
+    },
     /// One layer.
     Layer(LayerKv),
     /// The chunk, or the rest of it, does not come: compute it.
@@ -73,6 +80,7 @@ impl Item {
             Self::Head { chunk, .. }
             | Self::Spans { chunk, .. }
             | Self::Rank { chunk, .. }
+            | Self::Ids { chunk, .. }
             | Self::Missing { chunk, .. } => *chunk,
         }
     }
@@ -103,6 +111,7 @@ fn decode(chunk: usize, whole: &Whole) -> Result<Item, FormatError> {
             let (version, ranks) = parse_rank(*index, data)?;
             Item::Rank { chunk, version, ranks }
         }
+        SegmentKind::Ids => Item::Ids { chunk, ids: parse_ids(&data) },
     })
 }
 

@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Deadlines and retries of a store client.
+/// Deadlines, retries and bounds of a client of the stores.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Options {
-    /// Longest time a lookup or a delete may take.
+    /// Longest time a lookup or a delete may take, and longest wait of a first call for the first word from the
+    /// stores.
     pub call_timeout_seconds: f64,
     /// Longest silence within a stream of layers; the clock runs only while the client waits for the store, not
     /// while the caller works.
@@ -19,6 +20,13 @@ pub struct Options {
     pub backoff_seconds: f64,
     /// Layers that may be decoded ahead of the caller; bounds the memory of a read.
     pub decode_ahead: usize,
+    /// Pause between two rounds of asking the stores whether they are there; a failed call starts one sooner.
+    pub refresh_seconds: f64,
+    /// Longest time a store may take to say that it is there. One that was live is asked a second time before it
+    /// is given up, because a busy machine may swallow one answer.
+    pub members_timeout_seconds: f64,
+    /// Chunks that may wait to be copied to the store that placement names; one more is not copied.
+    pub move_queue: usize,
 }
 
 impl Default for Options {
@@ -30,6 +38,9 @@ impl Default for Options {
             retries: 2,
             backoff_seconds: 0.02,
             decode_ahead: 4,
+            refresh_seconds: 2.0,
+            members_timeout_seconds: 1.0,
+            move_queue: 64,
         }
     }
 }

@@ -4,68 +4,25 @@
 mod faulty;
 
 use bytes::Bytes;
-use cacheclip_chunk::ByteSpan;
-use cacheclip_client::{Item, Located, Outcome, StoreClient};
+use cacheclip_client::{Located, Outcome};
 use cacheclip_rpc::v1::{MissReason, Tier};
-use cacheclip_service::ConnectOptions;
-use faulty::{Fault, Faulty, LAYOUT, SHAPE, container, key, layer};
+use faulty::{Came, Fault, Faulty, LAYOUT, SHAPE, client, container, got, key, read, whole, with_ids};
 use futures::StreamExt as _;
 use std::sync::atomic::Ordering;
 
-/// What came of one chunk.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Came {
-    heads: u32,
-    extras: u32,
-    layers: Vec<u32>,
-    missing: Option<MissReason>,
-}
-
-/// Reads layers of the chunks and checks what every read promises.
-async fn read(client: &StoreClient, chunks: &[u8]) -> Vec<Came> {
-    let keys: Vec<_> = chunks.iter().map(|n| key(*n)).collect();
-    let mut items = client.get_layers(LAYOUT, &keys, 0..SHAPE.layers);
-    let mut came: Vec<Came> = chunks.iter().map(|_| Came::default()).collect();
-    while let Some(item) = items.next().await {
-        let chunk = item.chunk();
-        let this = &mut came[chunk];
-        assert_eq!(this.missing, None, "nothing follows a missing chunk");
-        match item {
-            Item::Head { head, tier, .. } => {
-                assert_eq!((head.key(), tier), (keys[chunk], Tier::StoreDisk));
-                this.heads += 1;
-            }
-            Item::Spans { spans, .. } => {
-                assert_eq!(spans, [ByteSpan { start: 0, end: 3 }; 5]);
-                this.extras += 1;
-            }
-            Item::Rank { version, ranks, .. } => {
-                assert_eq!((version, ranks), (2, vec![1, 2, 3, 4, 5]));
-                this.extras += 1;
-            }
-            Item::Layer(it) => {
-                assert_eq!(it.data, layer(chunks[chunk], it.layer), "wrong bytes came out");
-                this.layers.push(it.layer);
-            }
-            Item::Missing { reason, .. } => this.missing = Some(reason),
-        }
-    }
-    for this in &came {
-        let complete = this.heads == 1 && this.extras == 2 && this.layers == [0, 1, 2, 3];
-        assert!(complete || this.missing.is_some(), "neither complete nor missing: {this:?}");
-    }
-    came
-}
-
-fn whole() -> Came {
-    Came { heads: 1, extras: 2, layers: vec![0, 1, 2, 3], missing: None }
+#[tokio::test]
+async fn layers_come_verified_decoded_and_in_order() {
+    let (_running, client) = Faulty::with(Fault::None).serve().await;
+    assert_eq!(read(&client, &[1, 3, 5]).await, [whole(), whole(), whole()]);
+    assert_eq!(read(&client, &[]).await, []);
 }
 
 #[tokio::test]
-async fn layers_come_verified_decoded_and_in_order() {
-    let (_running, client) = Faulty::default().serve().await;
-    assert_eq!(read(&client, &[1, 3, 5]).await, [whole(), whole(), whole()]);
-    assert_eq!(read(&client, &[]).await, []);
+async fn ids_come_where_a_container_has_them() {
+    let store = Faulty::with(Fault::None);
+    store.hold(with_ids(9));
+    let (_running, client) = store.serve().await;
+    assert_eq!(read(&client, &[1, 9]).await, [whole(), Came { extras: 3, ..whole() }]);
 }
 
 #[tokio::test]
@@ -78,7 +35,7 @@ async fn damage_on_the_wire_costs_one_chunk_and_is_counted() {
         assert_eq!((&came[0], &came[2]), (&whole(), &whole()), "{fault:?}");
     }
     let counted = cacheclip_service::telemetry::render();
-    let name = "cacheclip_client_verify_failures_total{where=\"wire\"}";
+    let name = "cacheclip_verify_failures_total{where=\"wire\"}";
     let line = counted.lines().find(|line| line.starts_with(name));
     assert!(line.is_some_and(|line| !line.ends_with(" 0")), "{counted}");
 }
@@ -118,10 +75,11 @@ async fn retries_are_bounded() {
 async fn a_store_that_is_not_there_has_nothing() {
     // Bound and closed at once: nobody listens there.
     let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let client = StoreClient::connect(&address.to_string(), &ConnectOptions::default()).unwrap();
+    let client = client(&[address.to_string()]);
     assert_eq!(read(&client, &[1]).await[0].missing, Some(MissReason::Unavailable));
     let located = client.lookup(LAYOUT, &[key(1), key(2)]).await;
     assert_eq!(located, [Located::Missing(MissReason::Unavailable); 2]);
+    assert_eq!(got(&client, &[1]).await[0].as_ref().unwrap_err(), &MissReason::Unavailable);
     assert!(client.put(container(1).bytes().clone()).await.is_err());
     assert!(client.delete(LAYOUT, &[key(1)]).await.is_err());
 }
@@ -130,21 +88,40 @@ async fn a_store_that_is_not_there_has_nothing() {
 async fn a_deaf_store_is_not_waited_for() {
     let (_running, client) = Faulty::with(Fault::Deaf).serve().await;
     assert_eq!(read(&client, &[1]).await[0].missing, Some(MissReason::Timeout));
+    let (_running, client) = Faulty::with(Fault::Deaf).serve().await;
     assert_eq!(client.lookup(LAYOUT, &[key(1)]).await, [Located::Missing(MissReason::Timeout)]);
 }
 
 #[tokio::test]
 async fn lookup_put_and_delete_say_what_the_store_says() {
-    let store = Faulty::default();
+    let store = Faulty::with(Fault::None);
     let (_running, client) = store.serve().await;
-    let located = client.lookup(LAYOUT, &[key(1), key(2)]).await;
-    let found = Located::Found { container: container(1).hash(), bytes: 9, tier: Tier::StoreRam };
-    assert_eq!(located, [found, Located::Missing(MissReason::Evicted)]);
-    assert_eq!(client.put(container(1).bytes().clone()).await.unwrap(), Outcome::Stored);
-    assert_eq!(&store.put.lock().unwrap()[&key(1).as_bytes()[..]], container(1).bytes());
-    let deleted = client.delete(LAYOUT, &[key(1), key(2)]).await.unwrap();
-    assert_eq!((deleted.objects, deleted.bytes), (2, 7));
+    let located = client.lookup(LAYOUT, &[key(1), key(9)]).await;
+    let bytes = container(1).bytes().len() as u64;
+    let found = Located::Found { container: container(1).hash(), bytes, tier: Tier::StoreRam };
+    assert_eq!(located, [found, Located::Missing(MissReason::NeverSeen)]);
+    assert_eq!(client.put(container(9).bytes().clone()).await.unwrap(), Outcome::Stored);
+    assert_eq!(&store.held.lock().unwrap()[&key(9).as_bytes()[..]], container(9).bytes());
+    let deleted = client.delete(LAYOUT, &[key(1), key(9), key(10)]).await.unwrap();
+    assert_eq!((deleted.objects, deleted.bytes, deleted.unreached), (2, 14, 0));
     assert!(client.put(Bytes::from_static(b"no container")).await.is_err());
+}
+
+#[tokio::test]
+async fn whole_containers_come_byte_for_byte_or_not_at_all() {
+    let store = Faulty::with(Fault::None);
+    store
+        .held
+        .lock()
+        .unwrap()
+        .insert(Bytes::copy_from_slice(key(3).as_bytes()), container(4).bytes().clone());
+    let (_running, client) = store.serve().await;
+    let got = got(&client, &[1, 9, 3, 2]).await;
+    assert_eq!(got[0].as_ref().unwrap().bytes(), container(1).bytes());
+    assert_eq!(got[1].as_ref().unwrap_err(), &MissReason::NeverSeen);
+    assert_eq!(got[2].as_ref().unwrap_err(), &MissReason::Corrupt, "another chunk's container");
+    assert_eq!(got[3].as_ref().unwrap().bytes(), container(2).bytes());
+    assert!(faulty::got(&client, &[]).await.is_empty());
 }
 
 #[tokio::test]

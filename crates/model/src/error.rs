@@ -14,7 +14,7 @@ pub enum Error {
         why: String,
     },
     /// A file is missing or unreadable; check the model directory.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}")]
     Read {
         /// The file.
         path: PathBuf,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file of the model directory cannot be read.
-    #[error("cannot read {}: {source}; a model directory holds tokenizer.json and config.json", .path.display())]
+    #[error("cannot read {} (a model directory holds tokenizer.json and config.json)", .path.display())]
     Read {
         /// The file.
         path: PathBuf,

@@ -7,7 +7,10 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use tokenizers::DecoderWrapper;
+use tokenizers::{DecoderWrapper, ModelWrapper};
+
+/// What a normaliser may shrink a text by, generously.
+const NORMALISED: usize = 4;
 
 /// Token ids of a text and the bytes each of them stands for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -33,6 +36,8 @@ struct Inner {
     added: HashMap<u32, usize>,
     /// The vocabulary is written in the byte-level alphabet: one character for one byte.
     byte_level: bool,
+    /// Most bytes of text that one token can stand for; `None` where an unknown word of any length is one token.
+    most_bytes: Option<usize>,
     bos: u32,
     eos: Vec<u32>,
     digest: [u8; 32],
@@ -71,10 +76,17 @@ impl Tokenizer {
         let added = template.get_added_tokens_decoder();
         let added = added.iter().map(|(id, token)| (*id, token.content.len())).collect();
         let byte_level = matches!(template.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        let most_bytes = most_bytes(&template, byte_level);
         let (bos, eos) = special_ids(&dir.join("config.json"), &template)?;
         template.decode(&[bos], false).map_err(|error| malformed(format!("it cannot decode: {error}")))?;
         let digest = *blake3::hash(&bytes).as_bytes();
-        Ok(Self { inner: Arc::new(Inner { template, plain, added, byte_level, bos, eos, digest }) })
+        Ok(Self { inner: Arc::new(Inner { template, plain, added, byte_level, most_bytes, bos, eos, digest }) })
+    }
+
+    /// How many tokens a text of so many bytes has at the least: tells that it is too long before anything is spent
+    /// on it.
+    pub fn at_least(&self, bytes: usize) -> usize {
+        self.inner.most_bytes.map_or(0, |most| bytes / most)
     }
 
     /// Tokenises untrusted text: names of special tokens in it are plain text. No BOS is added.
@@ -157,6 +169,17 @@ impl fmt::Debug for Tokenizer {
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
     std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })
+}
+
+/// Most bytes of text one token can stand for. In the vocabulary's own writing a token is never shorter than its
+/// text, as long as every byte has a token to fall back on; a normaliser may also drop or compose some.
+fn most_bytes(tokenizer: &tokenizers::Tokenizer, byte_level: bool) -> Option<usize> {
+    let falls_back = matches!(tokenizer.get_model(), ModelWrapper::BPE(model) if model.byte_fallback);
+    if !byte_level && !falls_back {
+        return None;
+    }
+    let longest = tokenizer.get_vocab(true).keys().map(String::len).max()?.max(1);
+    Some(if tokenizer.get_normalizer().is_some() { longest * NORMALISED } else { longest })
 }
 
 fn special_ids(path: &Path, tokenizer: &tokenizers::Tokenizer) -> Result<(u32, Vec<u32>), Error> {

@@ -231,3 +231,45 @@ proptest! {
         assert_partition(&chunk.spans, &text, "chunk");
     }
 }
+
+/// Ends of tokens inside a text, in bytes.
+fn edges(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+    let spans = tokenizer.encode(text).expect("tokens").spans;
+    spans[..spans.len() - 1].iter().map(|span| span.end).collect()
+}
+
+#[test]
+fn the_shipped_pair_reads_the_same_text_with_different_tokenizers() {
+    let vocabulary = |model: &str| {
+        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny");
+        let text = std::fs::read_to_string(models.join(model).join("tokenizer.json")).expect("a file");
+        let json: Value = serde_json::from_str(&text).expect("JSON");
+        json["model"]["vocab"].as_object().expect("a vocabulary").len()
+    };
+    assert!(vocabulary("primary") >= 2 * vocabulary("aux"));
+    let (primary, auxiliary) = (tokenizer("primary", |_| {}), tokenizer("aux", |_| {}));
+    let corpus = include_str!("../../cli/demo/corpus.json");
+    let corpus: Value = serde_json::from_str(corpus).expect("JSON");
+    let (mut inside, mut all) = (0, 0);
+    for document in corpus["documents"].as_array().expect("documents") {
+        let text = document["text"].as_str().expect("text");
+        let of_primary = edges(&primary, text);
+        let of_auxiliary = edges(&auxiliary, text);
+        all += of_auxiliary.len();
+        inside += of_auxiliary.iter().filter(|edge| of_primary.binary_search(edge).is_err()).count();
+    }
+    assert!(inside * 5 >= all, "{inside} of {all} auxiliary edges fall inside a primary token");
+}
+
+#[test]
+fn a_text_is_known_to_be_too_long_without_being_tokenised() {
+    for model in ["primary", "aux"] {
+        let tokenizer = tokenizer(model, |_| {});
+        for text in ["", "word", "The reports follow.", "日本語🙂", &" zzzz".repeat(500)] {
+            let tokens = tokenizer.encode(text).expect("tokens").ids.len();
+            let least = tokenizer.at_least(text.len());
+            assert!(least <= tokens, "{text:?}: {tokens} tokens, at least {least}");
+        }
+        assert!(tokenizer.at_least(15 << 20) > 100_000, "a useful bound");
+    }
+}

@@ -15,7 +15,7 @@ pub enum Error {
         reason: String,
     },
     /// An address cannot be listened on.
-    #[error("cannot listen on {address}: {source}; choose a free address of this machine")]
+    #[error("cannot listen on {address}; choose a free address of this machine")]
     Bind {
         /// The address as configured.
         address: String,

@@ -35,7 +35,7 @@ pub mod trace;
 
 pub use connect::{ConnectOptions, connect, endpoint};
 pub use error::Error;
-pub use metrics::code_name;
+pub use metrics::{code_name, describe as describe_metrics};
 pub use options::{Options, seconds};
 pub use readiness::{LIVENESS, Readiness};
 pub use run::{BAD_CONFIG, FAILED_START, run, stop_signal};

@@ -6,11 +6,17 @@
 use metrics::{counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use tonic::Code;
 
+const BUILD: &str = "cacheclip_build_info";
 const REQUESTS: &str = "cacheclip_rpc_requests_total";
 const SECONDS: &str = "cacheclip_rpc_seconds";
 const IN_FLIGHT: &str = "cacheclip_rpc_in_flight_requests";
 
-pub(crate) fn describe() {
+/// Registers descriptions, and the gauge that says what this build is.
+pub fn describe() {
+    describe_gauge!(BUILD, "1, with what this build is: its version, its key specification, its protocol");
+    let version = env!("CARGO_PKG_VERSION");
+    let key_spec = cacheclip_chunk::KEY_SPEC.to_string();
+    gauge!(BUILD, "version" => version, "key_spec" => key_spec, "proto" => "cacheclip.v1").set(1.0);
     describe_counter!(REQUESTS, "Requests that ended, by method and gRPC code");
     describe_histogram!(
         SECONDS,

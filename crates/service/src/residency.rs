@@ -105,7 +105,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
     use tokio_stream::StreamExt as _;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn keys_are_sent_when_they_change_and_a_drain_is_the_last_word() {
         let held = Arc::new(Mutex::new(vec![3, 1]));
         let announcer = Announcer::new("worker");

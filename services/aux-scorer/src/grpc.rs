@@ -1,30 +1,21 @@
 //! The `Scorer` service: digests in, byte spans out; text only where it is not known yet.
 
-use crate::auxiliary::{Auxiliary, Chunk, Error, Mode};
+use crate::auxiliary::{Auxiliary, Error, Mode};
+use crate::gather::{Asked, Chunks, asked};
 use crate::metrics;
+use crate::stores::Stores;
 use cacheclip_rpc::status::{exhausted, invalid, unavailable};
 use cacheclip_rpc::v1;
-use quick_cache::Weighter;
-use quick_cache::sync::Cache;
+use cacheclip_service::residency::{Announcer, Load};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
-
-type Digest = [u8; 32];
 
 /// Hint to callers that met a full queue.
 const RETRY: Duration = Duration::from_millis(200);
-
-#[derive(Clone, Debug)]
-pub(crate) struct ByBytes;
-
-impl Weighter<Digest, Chunk> for ByBytes {
-    fn weight(&self, _: &Digest, chunk: &Chunk) -> u64 {
-        (chunk.kv.bytes() + chunk.spans.len() * 12 + 128) as u64
-    }
-}
 
 /// The gRPC service. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -32,29 +23,28 @@ pub(crate) struct Service(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    auxiliary: Arc<Auxiliary>,
-    cache: Cache<Digest, Chunk, ByBytes>,
+    chunks: Chunks,
     turns: Arc<Semaphore>,
+    concurrency: u32,
     waiting: AtomicUsize,
     queue: usize,
-}
-
-/// Chunks of a request in order, and the indices whose text is needed.
-struct Resolved {
-    chunks: Vec<Chunk>,
-    need_text: Vec<u32>,
-    computed: usize,
+    announcer: Announcer,
 }
 
 impl Service {
-    pub(crate) fn new(auxiliary: Auxiliary, options: &crate::Options) -> Self {
-        let chunks = usize::try_from(options.cache_bytes >> 18).unwrap_or(usize::MAX).clamp(64, 1 << 20);
+    pub(crate) fn new(
+        auxiliary: Auxiliary,
+        stores: Option<Stores>,
+        options: &crate::Options,
+        announcer: Announcer,
+    ) -> Self {
         Self(Arc::new(Shared {
-            auxiliary: Arc::new(auxiliary),
-            cache: Cache::with_weighter(chunks, options.cache_bytes, ByBytes),
+            chunks: Chunks::new(auxiliary, options.cache_bytes, stores),
             turns: Arc::new(Semaphore::new(options.concurrency.max(1))),
+            concurrency: options.concurrency.max(1) as u32,
             waiting: AtomicUsize::new(0),
             queue: options.queue,
+            announcer,
         }))
     }
 }
@@ -71,65 +61,88 @@ impl v1::scorer_server::Scorer for Service {
             v1::ScoreMode::Unspecified | v1::ScoreMode::Joint => Mode::Joint,
             v1::ScoreMode::Paper => Mode::Paper,
         };
-        let response = self
-            .0
-            .run(move |shared| {
-                let resolved = shared.resolve(&request.chunks)?;
-                if !resolved.need_text.is_empty() {
-                    return Ok(v1::ScoreResponse { need_text: resolved.need_text, ..Default::default() });
-                }
-                let looked_up = began.elapsed().as_secs_f64();
-                let scored = shared
-                    .auxiliary
-                    .score(request.prefix.as_deref(), &resolved.chunks, &request.question, mode)
-                    .map_err(to_status)?;
-                let sets = scored.into_iter().enumerate().map(|(chunk, spans)| v1::ImportanceSet {
-                    chunk: chunk as u32,
-                    spans: spans
-                        .into_iter()
-                        .map(|s| v1::ScoredSpan { start: s.span.start, end: s.span.end, score: s.score })
-                        .collect(),
-                });
-                let total = began.elapsed().as_secs_f64();
-                metrics::scored(total);
-                let stage = |name: &str, seconds| v1::Stage { name: name.to_owned(), seconds };
-                let stages = vec![stage("aux_kv", looked_up), stage("aux_question", total - looked_up)];
-                Ok(v1::ScoreResponse { sets: sets.collect(), need_text: Vec::new(), stages })
-            })
-            .await?;
-        Ok(Response::new(response))
+        let v1::ScoreRequest { prefix, chunks, question, .. } = request;
+        let asked = asked(chunks)?;
+        let waiting = self.0.enter()?;
+        let mut gathered = self.0.chunks.find(&asked).await;
+        let need_text = gathered.need_text(&asked);
+        if !need_text.is_empty() {
+            return Ok(Response::new(v1::ScoreResponse { need_text, ..Default::default() }));
+        }
+        let work = move |shared: &Shared| {
+            let chunks = shared.chunks.complete(&asked, &mut gathered).map_err(to_status)?;
+            let gathered_after = began.elapsed().as_secs_f64();
+            let scored = shared.chunks.auxiliary.score(prefix.as_deref(), &chunks, &question, mode);
+            let sets = scored.map_err(to_status)?.into_iter().enumerate().map(|(chunk, spans)| {
+                let spans = spans.into_iter();
+                let spans =
+                    spans.map(|s| v1::ScoredSpan { start: s.span.start, end: s.span.end, score: s.score });
+                v1::ImportanceSet { chunk: chunk as u32, spans: spans.collect() }
+            });
+            let sets = sets.collect();
+            let total = began.elapsed().as_secs_f64();
+            metrics::scored(total);
+            let stage = |name: &str, seconds| v1::Stage { name: name.to_owned(), seconds };
+            let stages = vec![stage("aux_kv", gathered_after), stage("aux_question", total - gathered_after)];
+            Ok(v1::ScoreResponse { sets, need_text: Vec::new(), stages, cold: gathered.cold })
+        };
+        Ok(Response::new(self.0.run(waiting, work).await?))
     }
 
     async fn prepare(
         &self,
         request: Request<v1::PrepareRequest>,
     ) -> Result<Response<v1::PrepareResponse>, Status> {
-        let request = request.into_inner();
-        let response = self
-            .0
-            .run(move |shared| {
-                let resolved = shared.resolve(&request.chunks)?;
-                Ok(v1::PrepareResponse {
-                    computed: resolved.computed as u32,
-                    cached: (resolved.chunks.len() - resolved.computed) as u32,
-                    need_text: resolved.need_text,
-                })
-            })
-            .await?;
-        Ok(Response::new(response))
+        let asked = asked(request.into_inner().chunks)?;
+        let waiting = self.0.enter()?;
+        let mut work = self.0.chunks.plan(asked).await;
+        let compute = std::mem::take(&mut work.compute);
+        let mut made = Vec::new();
+        if compute.is_empty() {
+            drop(waiting);
+        } else {
+            let all = move |shared: &Shared| {
+                let one = |it: &Asked| Ok((it.digest, shared.chunks.compute(it).map_err(to_status)?));
+                compute.iter().map(one).collect::<Result<Vec<_>, Status>>()
+            };
+            made = self.0.run(waiting, all).await?;
+        }
+        let computed = made.len() as u32;
+        // Ingest promises that what it reports is stored; nobody waits for an answer meanwhile.
+        self.0.chunks.store(made.into_iter().chain(work.restore).collect()).await;
+        let (cached, need_text) = (work.cached as u32, work.need_text);
+        Ok(Response::new(v1::PrepareResponse { computed, cached, need_text }))
+    }
+
+    type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
+
+    async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let shared = Arc::clone(&self.0);
+        let load = move || Load {
+            held: shared.chunks.held(),
+            waiting: u32::try_from(shared.waiting.load(Ordering::Relaxed)).unwrap_or(u32::MAX),
+            running: shared.concurrency.saturating_sub(shared.turns.available_permits() as u32),
+        };
+        Ok(Response::new(self.0.announcer.stream(load)))
     }
 }
 
 impl Shared {
+    /// A place among those that wait: for the stores, then for their turn.
+    fn enter(&self) -> Result<Waiting<'_>, Status> {
+        let waiting = Waiting { counter: &self.waiting };
+        if self.waiting.fetch_add(1, Ordering::Relaxed) + 1 > self.queue {
+            return Err(exhausted("the scorer's queue", RETRY));
+        }
+        Ok(waiting)
+    }
+
     /// Runs `work` off the async threads when it is this request's turn.
     async fn run<T: Send + 'static>(
         self: &Arc<Self>,
+        waiting: Waiting<'_>,
         work: impl FnOnce(&Self) -> Result<T, Status> + Send + 'static,
     ) -> Result<T, Status> {
-        let waiting = Waiting::enter(&self.waiting);
-        if waiting.count > self.queue {
-            return Err(exhausted("the scorer's queue", RETRY));
-        }
         let turn = Arc::clone(&self.turns).acquire_owned().await.map_err(unavailable)?;
         drop(waiting);
         let shared = Arc::clone(self);
@@ -140,45 +153,11 @@ impl Shared {
         });
         task.await.map_err(|error| Status::internal(format!("scoring failed: {error}")))?
     }
-
-    /// Auxiliary KV of every chunk, from the cache or from text.
-    fn resolve(&self, chunks: &[v1::ScoreChunk]) -> Result<Resolved, Status> {
-        let mut resolved = Resolved { chunks: Vec::new(), need_text: Vec::new(), computed: 0 };
-        for (index, chunk) in chunks.iter().enumerate() {
-            let digest: Digest = chunk
-                .digest
-                .as_ref()
-                .try_into()
-                .map_err(|_| invalid(&format!("chunks[{index}].digest"), "must be 32 bytes"))?;
-            if let Some(known) = self.cache.get(&digest) {
-                resolved.chunks.push(known);
-            } else if let Some(text) = &chunk.text {
-                let computed = self.auxiliary.chunk(text).map_err(to_status)?;
-                self.cache.insert(digest, computed.clone());
-                resolved.chunks.push(computed);
-                resolved.computed += 1;
-            } else {
-                resolved.need_text.push(index as u32);
-            }
-        }
-        metrics::chunks("cached", resolved.chunks.len() - resolved.computed);
-        metrics::chunks("computed", resolved.computed);
-        metrics::chunks("text_needed", resolved.need_text.len());
-        metrics::cache(self.cache.weight());
-        Ok(resolved)
-    }
 }
 
 /// Counts a waiting request until it is dropped.
 struct Waiting<'a> {
     counter: &'a AtomicUsize,
-    count: usize,
-}
-
-impl<'a> Waiting<'a> {
-    fn enter(counter: &'a AtomicUsize) -> Self {
-        Self { counter, count: counter.fetch_add(1, Ordering::Relaxed) + 1 }
-    }
 }
 
 impl Drop for Waiting<'_> {

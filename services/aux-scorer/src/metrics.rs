@@ -5,18 +5,27 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogra
 const LATENCY: &str = "cacheclip_scorer_latency_seconds";
 const CHUNKS: &str = "cacheclip_scorer_chunks_total";
 const CACHE: &str = "cacheclip_scorer_cache_used_bytes";
+const WRITES: &str = "cacheclip_scorer_writes_total";
+
+/// How a chunk's auxiliary KV was had: from RAM, from a store, from text; or neither of these.
+pub const RESULTS: [&str; 4] = ["cached", "loaded", "computed", "text_needed"];
+/// What became of a chunk that was offered to the stores.
+pub const WRITTEN: [&str; 5] = ["stored", "existed", "no_room", "dropped", "failed"];
 
 /// Registers descriptions and the zero values of series that may never move.
 pub fn describe() {
     describe_histogram!(LATENCY, Unit::Seconds, "One scoring, auxiliary KV of unknown chunks included");
     describe_counter!(
         CHUNKS,
-        "Chunks of requests by how their auxiliary KV was had: cached, computed, text_needed"
+        "Chunks of requests by how their auxiliary KV was had: cached, loaded, computed, text_needed"
     );
     describe_gauge!(CACHE, Unit::Bytes, "Auxiliary chunk KV in RAM");
-    for result in ["cached", "computed", "text_needed"] {
-        counter!(CHUNKS, "result" => result).increment(0);
-    }
+    describe_counter!(
+        WRITES,
+        "Auxiliary KV offered to the stores, by outcome: stored, existed, no_room, dropped, failed"
+    );
+    RESULTS.iter().for_each(|&result| counter!(CHUNKS, "result" => result).increment(0));
+    WRITTEN.iter().for_each(|&outcome| counter!(WRITES, "outcome" => outcome).increment(0));
 }
 
 pub(crate) fn scored(seconds: f64) {
@@ -29,4 +38,8 @@ pub(crate) fn chunks(result: &'static str, count: usize) {
 
 pub(crate) fn cache(bytes: u64) {
     gauge!(CACHE).set(bytes as f64);
+}
+
+pub(crate) fn write(outcome: &'static str) {
+    counter!(WRITES, "outcome" => outcome).increment(1);
 }

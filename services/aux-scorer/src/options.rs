@@ -1,5 +1,6 @@
 //! What a scorer can be told from outside.
 
+use cacheclip_service::ConnectOptions;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -11,6 +12,16 @@ pub struct Options {
     pub service: cacheclip_service::Options,
     /// Directory of the auxiliary model: `config.json`, `*.safetensors`, `tokenizer.json`, `prompt.json`.
     pub model_dir: PathBuf,
+    /// Cache stores to fetch auxiliary chunk KV from and publish it to, each `http://host:port`, or
+    /// `dns+http://host:port` for every address of a name; stores that these name are used, too. Empty: what is not
+    /// in RAM is computed from text.
+    pub stores: Vec<String>,
+    /// How stores are dialled.
+    pub connect: ConnectOptions,
+    /// Longest wait of one request for the stores; what has not come by then is computed from text.
+    pub load_timeout_seconds: f64,
+    /// Chunks that may wait to be written to the stores; one more is not stored.
+    pub write_queue: usize,
     /// Bytes of auxiliary chunk KV kept in RAM.
     pub cache_bytes: u64,
     /// Questions scored at the same time; each holds pages for the auxiliary model's whole context.
@@ -26,6 +37,10 @@ impl Default for Options {
         Self {
             service: cacheclip_service::Options::default(),
             model_dir: "models/tiny/aux".into(),
+            stores: Vec::new(),
+            connect: ConnectOptions::default(),
+            load_timeout_seconds: 1.0,
+            write_queue: 64,
             cache_bytes: 256 << 20,
             concurrency: 1,
             queue: 64,

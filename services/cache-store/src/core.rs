@@ -4,9 +4,10 @@
 //! only; the catalogue's and the RAM tier's locks are held for moments and never across file operations.
 
 use crate::catalogue::{Catalogue, Record, Victim};
+use crate::changes::{self, Changes};
 use crate::disk::{self, Disk};
 use crate::error::Error;
-use crate::index::{Embedded, Entry, Index};
+use crate::index::Entry;
 use crate::metrics;
 use crate::options::Options;
 use crate::ram::Ram;
@@ -19,10 +20,8 @@ use std::io::{self, Read as _};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// Changes that may wait for the index; beyond it, writers wait.
-const ANNOUNCEMENTS: usize = 1024;
 /// How long a start waits for the directory's lock, and how often it looks.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 const LOCK_POLL: Duration = Duration::from_millis(20);
@@ -31,16 +30,14 @@ const LOCK_POLL: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub(crate) struct Core {
     pub(crate) disk: Disk,
-    pub(crate) catalogue: Mutex<Catalogue>,
+    pub(crate) catalogue: Arc<Mutex<Catalogue>>,
     pub(crate) ram: Mutex<Ram>,
     pub(crate) changes: Mutex<()>,
-    announce: mpsc::Sender<Announcement>,
-}
-
-#[derive(Debug)]
-enum Announcement {
-    Publish(ChunkKey, Entry),
-    Withdraw(ChunkKey),
+    /// What the index has to be told.
+    pub(crate) announce: Arc<Changes>,
+    /// Cancelled when the last user of this store is gone: ends what lives as long as it.
+    pub(crate) closed: CancellationToken,
+    _open: DropGuard,
 }
 
 impl Core {
@@ -50,28 +47,21 @@ impl Core {
         let (root, capacity) = (options.data_dir.clone(), options.disk_bytes);
         let (disk, catalogue) = blocking(options, move || {
             let mut catalogue = Catalogue::new(capacity);
-            scan(&disk, &mut catalogue).map_err(|source| Error::DataDir { path: root, source })?;
+            scan(&disk, &mut catalogue).map_err(|source| Error::DataDir { path: root, reason: source })?;
             Ok((disk, catalogue))
         })
         .await?;
-        let entries = catalogue.records().map(|(key, record)| (key, entry(&record))).collect();
-        let index = Embedded::open(disk.index(), entries).await?;
-        let (announce, announced) = mpsc::channel(ANNOUNCEMENTS);
-        let lock = disk.lock();
-        tokio::spawn(async move {
-            keep_index(&index, announced).await;
-            // Whoever gets the lock may open the index.
-            drop(index);
-            drop(lock);
-        });
         metrics::capacity(metrics::DISK, options.disk_bytes);
         metrics::capacity(metrics::RAM, options.ram_bytes);
+        let closed = CancellationToken::new();
         let core = Arc::new(Self {
             disk,
-            catalogue: Mutex::new(catalogue),
+            catalogue: Arc::new(Mutex::new(catalogue)),
             ram: Mutex::new(Ram::new(options.ram_bytes)),
             changes: Mutex::new(()),
-            announce,
+            announce: Arc::new(Changes::new(changes::MOST)),
+            _open: closed.clone().drop_guard(),
+            closed,
         });
         core.gauge();
         let stat = core.stat();
@@ -82,6 +72,11 @@ impl Core {
             "catalogue rebuilt"
         );
         Ok(core)
+    }
+
+    /// What an index should say of this store now.
+    pub(crate) fn entries(&self) -> Vec<(ChunkKey, Entry)> {
+        self.catalogue.lock().records().map(|(key, record)| (key, Entry::from(&record))).collect()
     }
 
     /// What the store holds.
@@ -181,7 +176,7 @@ impl Core {
         }
         self.disk.publish(temporary, &key)?;
         self.catalogue.lock().insert(key, record);
-        self.tell(Announcement::Publish(key, entry(&record)));
+        self.announce.tell(key, true);
         self.gauge();
         Ok(true)
     }
@@ -234,13 +229,7 @@ impl Core {
 
     fn drop_from_tiers(&self, key: ChunkKey) {
         self.ram.lock().remove(&key);
-        self.tell(Announcement::Withdraw(key));
-    }
-
-    /// Tells the index; called on blocking threads, so that waiting holds up nobody but this change.
-    fn tell(&self, announcement: Announcement) {
-        // The task ends only with the runtime, and then with the index.
-        let _ = self.announce.blocking_send(announcement);
+        self.announce.tell(key, false);
     }
 }
 
@@ -260,7 +249,7 @@ async fn blocking<T: Send + 'static>(
     options: &Options,
     work: impl FnOnce() -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    let panicked = |error| Error::DataDir { path: options.data_dir.clone(), source: io::Error::other(error) };
+    let panicked = |error| Error::DataDir { path: options.data_dir.clone(), reason: io::Error::other(error) };
     tokio::task::spawn_blocking(work).await.map_err(panicked)?
 }
 
@@ -273,29 +262,9 @@ fn record(head: &Head) -> Record {
     }
 }
 
-fn entry(record: &Record) -> Entry {
-    Entry { layout: record.layout, container: record.hash, bytes: record.bytes }
-}
-
-/// Brings announcements to the index, in their order, as many at once as are waiting.
-async fn keep_index(index: &dyn Index, mut announced: mpsc::Receiver<Announcement>) {
-    let mut waiting = Vec::with_capacity(ANNOUNCEMENTS);
-    while announced.recv_many(&mut waiting, ANNOUNCEMENTS).await > 0 {
-        let mut latest: std::collections::HashMap<ChunkKey, Option<Entry>> = std::collections::HashMap::new();
-        for announcement in waiting.drain(..) {
-            match announcement {
-                Announcement::Publish(key, entry) => latest.insert(key, Some(entry)),
-                Announcement::Withdraw(key) => latest.insert(key, None),
-            };
-        }
-        let publish: Vec<_> = latest.iter().filter_map(|(key, entry)| Some((*key, (*entry)?))).collect();
-        let withdraw: Vec<_> =
-            latest.iter().filter(|(_, entry)| entry.is_none()).map(|(key, _)| *key).collect();
-        for told in [index.publish(&publish).await, index.withdraw(&withdraw).await] {
-            if let Err(error) = told {
-                tracing::warn!(%error, "the index was not told; it is reconciled at the next start");
-            }
-        }
+impl From<&Record> for Entry {
+    fn from(record: &Record) -> Self {
+        Self { layout: record.layout, container: record.hash, bytes: record.bytes }
     }
 }
 

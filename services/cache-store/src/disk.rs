@@ -48,7 +48,7 @@ impl Disk {
     pub(crate) fn open(root: &Path) -> Result<Self, Error> {
         let failed = |path: &Path| {
             let path = path.to_owned();
-            move |source| Error::DataDir { path, source }
+            move |reason| Error::DataDir { path, reason }
         };
         for folder in ["objects", "temporary", "quarantine"] {
             fs::create_dir_all(root.join(folder)).map_err(failed(root))?;

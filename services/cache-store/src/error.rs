@@ -8,12 +8,20 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// The data directory cannot be made, read or written.
-    #[error("data_dir {}: {source}; choose a directory this process may write", .path.display())]
+    #[error("data_dir {}: {reason}; choose a directory this process may write", .path.display())]
     DataDir {
         /// The directory, or what in it.
         path: PathBuf,
-        /// What the system said.
-        source: io::Error,
+        /// What the system said; part of the line already, and therefore no source to be told again.
+        reason: io::Error,
+    },
+    /// An option that cannot work.
+    #[error("{field}: {reason}")]
+    Option {
+        /// Its dotted name.
+        field: &'static str,
+        /// What is wrong with it, and what to write instead.
+        reason: String,
     },
     /// Another store has the directory.
     #[error("data_dir {}: in use by another cache-store; give each its own", .path.display())]

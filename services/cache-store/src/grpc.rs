@@ -1,6 +1,7 @@
 //! The gRPC surface: checks requests, streams frames, keeps blocking work off the async threads.
 
 use crate::core::Core;
+use crate::fleet::Fleet;
 use crate::metrics;
 use crate::options::Options;
 use crate::ram::Resident;
@@ -14,8 +15,8 @@ use cacheclip_rpc::status::{invalid, unavailable};
 use cacheclip_rpc::v1::cache_server::Cache;
 use cacheclip_rpc::v1::{
     DeleteRequest, DeleteResponse, Entry, GetLayersRequest, GetRequest, KvFrame, LookupRequest,
-    LookupResponse, MissReason, PutFrame, PutResponse, Segment, StatRequest, StatResponse, Tier, kv_frame,
-    put_frame, put_response,
+    LookupResponse, MembersRequest, MembersResponse, MissReason, PutFrame, PutResponse, Segment, StatRequest,
+    StatResponse, Tier, kv_frame, put_frame, put_response,
 };
 use cacheclip_service::seconds;
 use futures::{StreamExt as _, stream};
@@ -45,16 +46,18 @@ pub struct Service {
     max_object_bytes: u64,
     read_ahead: usize,
     stall: Duration,
+    fleet: Arc<Fleet>,
 }
 
 impl Service {
-    pub(crate) fn new(core: Arc<Core>, options: &Options) -> Self {
+    pub(crate) fn new(core: Arc<Core>, options: &Options, fleet: Arc<Fleet>) -> Self {
         Self {
             core,
             puts: Arc::new(Semaphore::new(options.concurrent_puts.clamp(1, Semaphore::MAX_PERMITS))),
             max_object_bytes: options.max_object_bytes,
             read_ahead: options.read_ahead.max(1),
             stall: seconds(options.stall_seconds),
+            fleet,
         }
     }
 
@@ -285,11 +288,22 @@ impl Cache for Service {
                 container_hash: id_bytes(record.hash.as_bytes()),
                 bytes: record.bytes,
                 tier: tier.into(),
-                reason: 0,
+                ..Entry::default()
             },
             Err(reason) => Entry { reason: reason.into(), ..Entry::default() },
         };
-        Ok(Response::new(LookupResponse { entries: keys.iter().map(entry).collect() }))
+        let mut entries: Vec<Entry> = keys.iter().map(entry).collect();
+        if request.elsewhere {
+            let missing = entries.iter_mut().zip(&keys).filter(|(entry, _)| !entry.found);
+            let (missing, asked): (Vec<&mut Entry>, Vec<ChunkKey>) =
+                missing.map(|(it, key)| (it, *key)).unzip();
+            if !asked.is_empty() {
+                for (entry, nodes) in missing.into_iter().zip(self.fleet.elsewhere(layout, &asked).await) {
+                    entry.nodes = nodes;
+                }
+            }
+        }
+        Ok(Response::new(LookupResponse { entries }))
     }
 
     async fn get_layers(
@@ -340,5 +354,9 @@ impl Cache for Service {
 
     async fn stat(&self, _: Request<StatRequest>) -> Result<Response<StatResponse>, Status> {
         Ok(Response::new(self.core.stat()))
+    }
+
+    async fn members(&self, _: Request<MembersRequest>) -> Result<Response<MembersResponse>, Status> {
+        Ok(Response::new(self.fleet.members()))
     }
 }

@@ -6,11 +6,14 @@
 //! reason, and its reader computes it.
 
 mod catalogue;
+mod changes;
 mod core;
 mod disk;
 mod error;
+mod fleet;
 mod grpc;
 pub mod index;
+mod keeper;
 pub mod metrics;
 mod options;
 mod ram;
@@ -22,19 +25,29 @@ pub use grpc::Service;
 pub use options::Options;
 
 use crate::core::Core;
+use crate::fleet::Fleet;
+use crate::index::{Embedded, Index, Kind, Redis};
+use crate::keeper::Keeper;
 use cacheclip_rpc::v1::StatResponse;
 use cacheclip_rpc::v1::cache_server::CacheServer;
-use cacheclip_service::{Running, Server};
+use cacheclip_service::{Drain, Running, Server, seconds};
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use tonic::service::Routes;
 
 /// Full gRPC name of the service.
 pub const SERVICE: &str = "cacheclip.v1.Cache";
 
+/// Renewals of a lease in its time: two may fail.
+const RENEWALS: f64 = 3.0;
+
 /// An opened store that does not serve yet.
 #[derive(Debug)]
 pub struct Store {
     core: Arc<Core>,
+    fleet: Arc<Fleet>,
     options: Options,
 }
 
@@ -49,13 +62,29 @@ impl Handle {
     }
 }
 
-/// Opens the data directory, rebuilds the catalogue from its files and brings the index up to date.
+/// Opens the data directory, rebuilds the catalogue from its files and brings an embedded index up to date. One in
+/// Redis is not connected to yet.
 ///
 /// # Errors
-/// A directory that cannot be written or that another store uses.
+/// A directory that cannot be written or that another store uses; options that cannot work.
 pub async fn open(options: Options) -> Result<Store, Error> {
+    options.index.check()?;
+    // What can be refused at once is refused before the files are read.
+    let redis = match options.index.kind {
+        Kind::Redis => Some(Redis::open(&options.node, &options.index).await?),
+        Kind::Embedded => None,
+    };
     let core = Core::open(&options).await?;
-    Ok(Store { core, options })
+    let index: Arc<dyn Index> = match redis {
+        Some(redis) => Arc::new(redis),
+        None => {
+            let (disk, entries) = (&core.disk, core.entries());
+            Arc::new(Embedded::open(disk.index(), &options.node, entries, Some(disk.lock())).await?)
+        }
+    };
+    let timeout = seconds(options.index.timeout_seconds);
+    let fleet = Arc::new(Fleet::new(&options.node, index, Arc::clone(&core.announce), timeout));
+    Ok(Store { core, fleet, options })
 }
 
 impl Store {
@@ -70,24 +99,79 @@ impl Store {
     }
 
     /// The gRPC service, with message limits that fit frames of KV.
-    pub fn into_service(self) -> CacheServer<Service> {
+    fn service(&self) -> CacheServer<Service> {
         let message_bytes = self.options.service.max_message_bytes;
-        CacheServer::new(Service::new(self.core, &self.options))
+        CacheServer::new(Service::new(Arc::clone(&self.core), &self.options, Arc::clone(&self.fleet)))
             .max_decoding_message_size(message_bytes)
             .max_encoding_message_size(message_bytes)
     }
+
+    /// Starts to keep the index for as long as `running` serves. The receiver hears when it has been asked once.
+    fn keep(self, running: &Running) -> (JoinHandle<()>, oneshot::Receiver<()>) {
+        let readiness = running.readiness();
+        let keeper = Keeper {
+            every: seconds(self.options.index.lease_seconds / RENEWALS),
+            catalogue: Arc::clone(&self.core.catalogue),
+            // Ready whatever the index does: the files are here.
+            report: Box::new(move |words| readiness.set(true, words)),
+            draining: running.shutdown(),
+            closed: self.core.closed.clone(),
+            fleet: self.fleet,
+        };
+        let (contact, contacted) = oneshot::channel();
+        (tokio::spawn(keeper.run(contact)), contacted)
+    }
 }
 
-/// Opens a store and serves it. Ready when this returns.
+/// A store that serves, with what it does behind its requests.
+#[derive(Debug)]
+pub struct Serving {
+    running: Running,
+    keeper: JoinHandle<()>,
+    patience: Duration,
+}
+
+impl Drain for Serving {
+    /// Drains the server and waits, not for long, until the index has been told what there is to tell.
+    async fn drain(self) {
+        self.running.drain().await;
+        if tokio::time::timeout(self.patience, self.keeper).await.is_err() {
+            tracing::info!("the index was not told everything");
+        }
+    }
+}
+
+/// Opens a store and serves it. Ready when this returns, whether or not the index could be asked.
 ///
 /// # Errors
 /// As [`open`]; an address in use.
-pub async fn start(options: Options) -> anyhow::Result<Running> {
+pub async fn serve(options: Options) -> anyhow::Result<Serving> {
     cacheclip_service::telemetry::install_recorder();
     Store::describe_metrics();
-    let service_options = options.service.clone();
-    let service = open(options).await?.into_service();
-    let running = Server::new("cache-store", service_options).serve(Routes::new(service), &[SERVICE]).await?;
-    running.readiness().set(true, "");
-    Ok(running)
+    let timeout = seconds(options.index.timeout_seconds);
+    let (server, advertise) =
+        (Server::new("cache-store", options.service.clone()), options.advertise.clone());
+    let shared = options.index.kind == Kind::Redis;
+    let store = open(options).await?;
+    let running = server.serve(Routes::new(store.service()), &[SERVICE]).await?;
+    if shared && advertise.is_none() && running.grpc().ip().is_unspecified() {
+        tracing::warn!(
+            endpoint = running.endpoint(),
+            "only this machine can dial this store: set `advertise`"
+        );
+    }
+    store.fleet.is_at(advertise.unwrap_or_else(|| running.endpoint()));
+    let (keeper, contacted) = store.keep(&running);
+    // Usually the fleet is known when this returns; it is no condition.
+    let _ = tokio::time::timeout(timeout, contacted).await;
+    Ok(Serving { running, keeper, patience: timeout + Duration::from_secs(1) })
+}
+
+/// As [`serve`], for a process that has more than a store in it and goes on: there the index is told what is left
+/// to tell while others drain.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn start(options: Options) -> anyhow::Result<Running> {
+    Ok(serve(options).await?.running)
 }

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    cacheclip_service::run("cacheclip-cache-store", cacheclip_cache_store::start)
+    cacheclip_service::run("cacheclip-cache-store", cacheclip_cache_store::serve)
 }

@@ -7,13 +7,16 @@ const HIT: &str = "cacheclip_store_hit_chunks_total";
 const OBJECTS: &str = "cacheclip_store_objects";
 const USED: &str = "cacheclip_store_used_bytes";
 const CAPACITY: &str = "cacheclip_store_capacity_bytes";
-const EVICTIONS: &str = "cacheclip_store_evictions_total";
-const VERIFY_FAILURES: &str = "cacheclip_store_verify_failures_total";
+const EVICTIONS: &str = "cacheclip_evictions_total";
+const VERIFY_FAILURES: &str = "cacheclip_verify_failures_total";
 const QUARANTINED: &str = "cacheclip_store_quarantined_total";
 const PUTS: &str = "cacheclip_store_puts_total";
 const PUT_SECONDS: &str = "cacheclip_store_put_seconds";
 const GET_SECONDS: &str = "cacheclip_store_get_seconds";
 const SENT: &str = "cacheclip_store_sent_bytes_total";
+const INDEX_UP: &str = "cacheclip_index_up";
+const INDEX_ERRORS: &str = "cacheclip_index_errors_total";
+const DRIFT: &str = "cacheclip_index_blob_drift_objects";
 
 /// Registers descriptions and the zero values of series that may never move.
 pub fn describe() {
@@ -36,9 +39,26 @@ pub fn describe() {
         "One read of layers or of a container, to its last frame"
     );
     describe_counter!(SENT, Unit::Bytes, "Bytes of containers sent");
+    describe_gauge!(INDEX_UP, "1 while the index answers this store");
+    describe_counter!(
+        INDEX_ERRORS,
+        "Calls of the index that failed, by what was asked; epoch: it had lost its records"
+    );
+    describe_gauge!(
+        DRIFT,
+        "Chunks of which the index may say something else than the files: missing in it, or stale"
+    );
     for tier in [RAM, DISK] {
         counter!(HIT, "tier" => tier).increment(0);
     }
+    for (tier, reason) in [(RAM, "capacity"), (DISK, "capacity"), (DISK, "volume_full")] {
+        counter!(EVICTIONS, "tier" => tier, "reason" => reason).increment(0);
+    }
+    for op in [LEASE, PUBLISH, WITHDRAW, LOCATE, EPOCH] {
+        counter!(INDEX_ERRORS, "op" => op).increment(0);
+    }
+    gauge!(INDEX_UP).set(0.0);
+    drift(0, 0);
     for place in ["put", "disk", "start"] {
         counter!(VERIFY_FAILURES, "where" => place).increment(0);
     }
@@ -47,6 +67,14 @@ pub fn describe() {
 
 pub(crate) const RAM: &str = "ram";
 pub(crate) const DISK: &str = "disk";
+
+/// What was asked of the index.
+pub(crate) const LEASE: &str = "lease";
+pub(crate) const PUBLISH: &str = "publish";
+pub(crate) const WITHDRAW: &str = "withdraw";
+pub(crate) const LOCATE: &str = "locate";
+/// Not a call that failed, but one that showed that the index was emptied.
+pub(crate) const EPOCH: &str = "epoch";
 
 pub(crate) fn requested() {
     counter!(REQUESTED).increment(1);
@@ -92,4 +120,18 @@ pub(crate) fn get(seconds: f64) {
 
 pub(crate) fn sent(bytes: usize) {
     counter!(SENT).increment(bytes as u64);
+}
+
+pub(crate) fn index_up(up: bool) {
+    gauge!(INDEX_UP).set(f64::from(u8::from(up)));
+}
+
+pub(crate) fn index_error(op: &'static str) {
+    counter!(INDEX_ERRORS, "op" => op).increment(1);
+}
+
+/// Chunks that the index may lack, and chunks that it may name wrongly.
+pub(crate) fn drift(missing: usize, stale: usize) {
+    gauge!(DRIFT, "kind" => "missing").set(missing as f64);
+    gauge!(DRIFT, "kind" => "stale").set(stale as f64);
 }

@@ -1,5 +1,6 @@
 //! What a store can be told from outside.
 
+use crate::index;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -9,6 +10,13 @@ use std::path::PathBuf;
 pub struct Options {
     /// Listening addresses and limits.
     pub service: cacheclip_service::Options,
+    /// Name of this node in placement and index: unique, and stable over restarts.
+    pub node: String,
+    /// Where others dial this node; absent: the address it listens on, which others can only dial if it is one.
+    pub advertise: Option<String>,
+    /// Who has which chunk, and who is there.
+    #[serde(deserialize_with = "index::Options::deserialize_checked")]
+    pub index: index::Options,
     /// Directory of the containers, made if absent; one store at a time may use it.
     pub data_dir: PathBuf,
     /// Most bytes of containers on disk, unfinished and quarantined ones included. Keep it below the volume's
@@ -30,6 +38,9 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             service: cacheclip_service::Options::default(),
+            node: "store".into(),
+            advertise: None,
+            index: index::Options::default(),
             data_dir: "data/cache-store".into(),
             disk_bytes: 16 << 30,
             ram_bytes: 1 << 30,

@@ -5,7 +5,7 @@ mod common;
 
 use cacheclip_rpc::v1::MissReason;
 use cacheclip_rpc::v1::put_response::Outcome;
-use common::{LAYOUT, TestStore, assemble, bytes_on_disk, container, key, options};
+use common::{Calls, LAYOUT, TestStore, assemble, bytes_on_disk, container, key, options};
 use proptest::prelude::*;
 use std::os::unix::fs::FileExt as _;
 

@@ -7,7 +7,7 @@ use cacheclip_chunk::Head;
 use cacheclip_rpc::v1::MissReason;
 use cacheclip_rpc::v1::put_response::Outcome;
 use cacheclip_service::telemetry;
-use common::{LAYOUT, TestStore, assemble, bytes_on_disk, container, key, layer, options};
+use common::{Calls, LAYOUT, TestStore, assemble, bytes_on_disk, container, key, layer, options};
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -38,7 +38,7 @@ async fn a_flipped_bit_costs_one_chunk_and_is_set_aside() {
     for n in 0..3 {
         store.put(container(n, 20)).await;
     }
-    let failures = counter("cacheclip_store_verify_failures_total{where=\"disk\"}");
+    let failures = counter("cacheclip_verify_failures_total{where=\"disk\"}");
     let entry = Head::parse(&container(1, 20)).unwrap().segments()[1];
     flip(&store.file(1), entry.offset + 3);
 
@@ -53,7 +53,7 @@ async fn a_flipped_bit_costs_one_chunk_and_is_set_aside() {
     assert_eq!((stat.objects, stat.quarantined), (2, 1));
     assert_eq!(stat.disk_used_bytes, bytes_on_disk(&store.data));
     assert!(!store.file(1).exists());
-    assert!(counter("cacheclip_store_verify_failures_total{where=\"disk\"}") > failures);
+    assert!(counter("cacheclip_verify_failures_total{where=\"disk\"}") > failures);
     assert!(counter("cacheclip_store_quarantined_total") >= 1.0);
 
     // The chunk was computed anew and put again.

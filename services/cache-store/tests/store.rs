@@ -8,7 +8,7 @@ use cacheclip_chunk::{ChunkKey, Container, LayoutId};
 use cacheclip_rpc::status::invalid_field;
 use cacheclip_rpc::v1::put_response::Outcome;
 use cacheclip_rpc::v1::{GetLayersRequest, LookupRequest, MissReason, PutFrame, Tier, kv_frame, put_frame};
-use common::{LAYOUT, SHAPE, TestStore, assemble, bytes_on_disk, container, key, layer, options};
+use common::{Calls, LAYOUT, SHAPE, TestStore, assemble, bytes_on_disk, container, key, layer, options};
 use tonic::Code;
 
 #[tokio::test]
@@ -174,7 +174,8 @@ async fn an_invalid_request_names_its_field() {
     let store = TestStore::start(options(dir.path())).await;
     let mut client = store.client.clone();
     let id = Bytes::from_static(&[1; 32]);
-    let lookup = |layout: &Bytes, keys: Vec<Bytes>| LookupRequest { layout: layout.clone(), keys };
+    let lookup =
+        |layout: &Bytes, keys: Vec<Bytes>| LookupRequest { layout: layout.clone(), keys, elsewhere: false };
     let status = client.lookup(lookup(&Bytes::new(), vec![])).await.unwrap_err();
     assert_eq!(invalid_field(&status).as_deref(), Some("layout"));
     let status = client.lookup(lookup(&id, vec![id.clone(), Bytes::new()])).await.unwrap_err();

@@ -13,7 +13,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// The model directory cannot be used.
-    #[error("model_dir: {0}")]
+    #[error("model_dir")]
     Prompt(#[from] cacheclip_prompt::Error),
     /// A port cannot be bound or an endpoint cannot be dialled.
     #[error(transparent)]

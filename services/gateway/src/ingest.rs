@@ -71,7 +71,7 @@ impl Ingest {
     ) -> Result<(), Status> {
         let within = format!("documents[{index}].");
         let described = self.workers.described()?;
-        check_model(&document.model, &described)?;
+        check_model(&format!("{within}model"), &document.model, &described)?;
         check_name(&format!("{within}salt"), &document.salt)?;
         if document.chunks.is_empty() {
             return Err(invalid(&format!("{within}chunks"), "must not be empty"));

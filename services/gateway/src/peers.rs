@@ -90,18 +90,18 @@ impl Peer {
         }
     }
 
-    /// Completes when a peer that was live no longer is; never for one that was not.
+    /// Completes when a peer that was live falls silent; never for one that was not, or that has said it is
+    /// leaving: that one finishes what it has, and announces nothing meanwhile.
     pub(crate) async fn lost(&self) {
-        if self.standing() != Standing::Live {
-            std::future::pending::<()>().await;
-        }
+        let mut live = false;
         loop {
-            let until = match self.heard.read().lease {
-                Some(until) if until > Instant::now() => until,
-                _ => return,
-            };
-            // Looked at more often than leases end, because a broken watch ends one early.
-            sleep((until - Instant::now()).min(FIRST_PAUSE)).await;
+            match self.standing() {
+                // Looked at more often than leases end, because a broken watch ends one early.
+                Standing::Live => sleep(FIRST_PAUSE).await,
+                Standing::Silent if live => return,
+                Standing::Silent | Standing::Unheard | Standing::Leaving => std::future::pending().await,
+            }
+            live = true;
         }
     }
 
@@ -303,8 +303,12 @@ mod tests {
     }
 
     fn say(peers: &Peers, index: usize, held: &[u64], waiting: u32) {
+        say_for(60.0, peers, index, held, waiting);
+    }
+
+    fn say_for(lease_seconds: f64, peers: &Peers, index: usize, held: &[u64], waiting: u32) {
         let residency = Residency {
-            lease_seconds: 4.0,
+            lease_seconds,
             changed: true,
             held: held.to_vec(),
             waiting,
@@ -319,7 +323,7 @@ mod tests {
 
     const WANTED: [(u64, u32); 2] = [(1, 100), (2, 100)];
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_peer_that_holds_most_is_chosen_until_its_queue_costs_more() {
         let peers = peers(2);
         say(&peers, 0, &[1], 0);
@@ -329,7 +333,7 @@ mod tests {
         assert_eq!(chosen(&peers, &WANTED), "http://127.0.0.1:9", "three in the queue cost 150 tokens");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn requests_that_were_just_sent_count_before_they_are_announced() {
         let peers = peers(2);
         (0..2).for_each(|index| say(&peers, index, &[], 0));
@@ -340,10 +344,10 @@ mod tests {
         assert_eq!(again, chosen(&peers, &WANTED), "an ended request no longer counts");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_silent_peer_is_the_last_resort_and_is_known_to_be_lost() {
         let peers = peers(2);
-        say(&peers, 0, &[1, 2], 0);
+        say_for(0.05, &peers, 0, &[1, 2], 0);
         let peer = peers.choose(&WANTED, &[]).expect("a peer");
         // Nothing is heard for longer than the lease.
         peer.lost().await;
@@ -354,7 +358,7 @@ mod tests {
         assert_eq!(peers.count(), (2, 1));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn two_gateways_with_the_same_announcements_choose_alike() {
         let (one, other) = (peers(5), peers(5));
         for gateway in [&one, &other] {
@@ -365,11 +369,23 @@ mod tests {
         assert!(choices(&one).iter().collect::<HashSet<_>>().len() > 2, "new chunks spread out");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
+    async fn a_peer_that_leaves_is_not_lost_to_those_it_still_serves() {
+        let peers = peers(1);
+        say_for(0.2, &peers, 0, &[], 0);
+        let peer = peers.choose(&WANTED, &[]).expect("a peer");
+        let leaving = Residency { lease_seconds: 0.01, draining: true, ..Default::default() };
+        let waited = timeout(Duration::from_millis(500), async {
+            tokio::join!(peer.lost(), async { peers.0.peers.read()[0].take(leaving) })
+        });
+        assert!(waited.await.is_err(), "it said that it goes away and finishes what it has");
+    }
+
+    #[tokio::test]
     async fn a_leaving_peer_gets_nothing_while_another_one_is_there() {
         let peers = peers(2);
         say(&peers, 0, &[], 9);
-        let leaving = Residency { lease_seconds: 4.0, draining: true, ..Default::default() };
+        let leaving = Residency { lease_seconds: 60.0, draining: true, ..Default::default() };
         peers.0.peers.read()[1].take(leaving);
         assert_eq!(chosen(&peers, &WANTED), "http://127.0.0.1:9");
     }

@@ -38,7 +38,7 @@ impl Generation {
         default_answer: u32,
         default_stop: &[String],
     ) -> Result<Self, Status> {
-        check_model(&request.model, described)?;
+        check_model("model", &request.model, described)?;
         check_chunks("", &request.chunks)?;
         check_name("salt", &request.salt)?;
         if request.question.is_empty() {
@@ -73,10 +73,11 @@ impl Generation {
 }
 
 fn sampling(mut sampling: v1::Sampling, answer: u32, stop: &[String]) -> Result<v1::Sampling, Status> {
-    if !sampling.temperature.is_finite() || sampling.temperature < 0.0 {
+    // The worker's range: a request that it would refuse is refused before it is begun.
+    if !(0.0..=100.0).contains(&sampling.temperature) {
         return Err(invalid(
             "sampling.temperature",
-            format_args!("{} is not 0 or more", sampling.temperature),
+            format_args!("{} is not within 0..100", sampling.temperature),
         ));
     }
     if !(0.0..=1.0).contains(&sampling.top_p) {
@@ -97,11 +98,12 @@ fn sampling(mut sampling: v1::Sampling, answer: u32, stop: &[String]) -> Result<
     Ok(sampling)
 }
 
-pub(crate) fn check_model(model: &str, described: &Described) -> Result<(), Status> {
+/// Checks a model's name; `field` is where it stands.
+pub(crate) fn check_model(field: &str, model: &str, described: &Described) -> Result<(), Status> {
     if model.is_empty() || model == described.model {
         return Ok(());
     }
-    Err(invalid("model", format_args!("unknown model {model:?}; this gateway serves {:?}", described.model)))
+    Err(invalid(field, format_args!("unknown model {model:?}; this gateway serves {:?}", described.model)))
 }
 
 /// Checks a list of chunks; `within` is what its field stands in ("documents[3]." for ingest).

@@ -126,8 +126,8 @@ impl Scorers {
             }
             Err(last.unwrap_or_else(|| Status::unavailable("no scorer was found")).into())
         };
-        let late = |_| Missing { label: "timeout", why: format!("no importance sets within {:?}", self.timeout) };
-        tokio::time::timeout(self.timeout, asking).await.map_err(late)?
+        let late = || Status::deadline_exceeded(format!("no importance sets within {:?}", self.timeout));
+        tokio::time::timeout(self.timeout, asking).await.map_err(|_| late())?
     }
 
     /// The scorer that holds most of these chunks' auxiliary KV, less its queue. A chunk's text length stands for

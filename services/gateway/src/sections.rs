@@ -77,6 +77,9 @@ impl Sections {
         salt: &str,
         described: &Described,
     ) -> Result<Chunk, Status> {
+        // The anchor stands before every chunk, so that much less of the model's length is left.
+        let most = described.max_tokens.saturating_sub(described.anchor_tokens);
+        self.refuse_long(field, &chunk.text, most)?;
         let scope = self.scope(&chunk, tenant, salt);
         let digest = text_digest(&scope, &chunk.text);
         let section = match self.tokens.get(&digest) {
@@ -101,8 +104,29 @@ impl Sections {
         Ok(Chunk { key, section, asked: Asked { digest, text: chunk.text.into() } })
     }
 
+    /// Refuses what is too long by its bytes alone: tokenising it would cost seconds and gigabytes first.
+    fn refuse_long(&self, field: &str, text: &str, most: usize) -> Result<(), Status> {
+        let least = self.composer.tokenizer().at_least(text.len());
+        if least <= most {
+            return Ok(());
+        }
+        let why = format_args!("{} bytes are {least} tokens at the least; there is room for {most}", text.len());
+        Err(invalid(field, why))
+    }
+
     /// Sections of a whole prompt, within the model's length.
     pub(crate) fn prompt(&self, request: &mut Generation, described: &Described) -> Result<Prompt, Status> {
+        let most = described.max_tokens;
+        for (field, text) in
+            [("prefix", request.prefix.as_deref().unwrap_or_default()), ("question", &request.question)]
+        {
+            self.refuse_long(field, text, most)?;
+        }
+        // Every chunk has a token at least.
+        if request.chunks.len() > most {
+            let why = format_args!("{} of them; the model takes {most} tokens", request.chunks.len());
+            return Err(invalid("chunks", why));
+        }
         let head = request.prefix.as_deref().unwrap_or(&self.composer.format().anchor);
         let prefix = self.composer.prefix(head).map_err(|error| invalid("prefix", error))?;
         let question =
@@ -115,7 +139,13 @@ impl Sections {
             chunks.push(self.chunk(&field, chunk, &request.tenant, &request.salt, described)?);
         }
         let reusable = prefix.ids.len() + chunks.iter().map(|chunk| chunk.section.ids.len()).sum::<usize>();
-        check_length(reusable + question.ids.len(), request, chunks.is_empty(), described)?;
+        let lengths = Lengths {
+            prefix: prefix.ids.len(),
+            chunks: reusable - prefix.ids.len(),
+            question: question.ids.len(),
+            answer: request.sampling.max_tokens as usize,
+        };
+        lengths.check(most)?;
         let sections = v1::Sections {
             layout: id_bytes(described.layout_id.as_bytes()),
             prefix: Some(keyed(&prefix_key, &prefix)),
@@ -146,24 +176,49 @@ pub(crate) fn keyed(key: &ChunkKey, section: &Section) -> v1::TokenSection {
     }
 }
 
-/// Names the field that can be made shorter.
-fn check_length(
-    prompt: usize,
-    request: &Generation,
-    no_chunks: bool,
-    described: &Described,
-) -> Result<(), Status> {
-    let (answer, most) = (request.sampling.max_tokens as usize, described.max_tokens);
-    if prompt.saturating_add(answer) <= most {
-        return Ok(());
+/// Tokens of a prompt's parts, and of the longest answer.
+struct Lengths {
+    prefix: usize,
+    chunks: usize,
+    question: usize,
+    answer: usize,
+}
+
+impl Lengths {
+    /// Names the field to make shorter: the longest of those that leave no room, or the answer's limit where only
+    /// that does not fit.
+    fn check(&self, most: usize) -> Result<(), Status> {
+        let prompt = self.prefix + self.chunks + self.question;
+        let answer = self.answer;
+        if prompt.saturating_add(answer) <= most {
+            return Ok(());
+        }
+        let parts = [(self.chunks, "chunks"), (self.question, "question"), (self.prefix, "prefix")];
+        // Of equally long parts the first: chunks are what a caller can leave out.
+        let longest = parts.iter().rev().max_by_key(|(tokens, _)| *tokens).map_or("chunks", |(_, field)| field);
+        let field = if prompt < most { "sampling.max_tokens" } else { longest };
+        Err(invalid(
+            field,
+            format_args!("prompt of {prompt} tokens and answer of up to {answer} exceed the model's {most}"),
+        ))
     }
-    let field = match (prompt < most, no_chunks) {
-        (true, _) => "sampling.max_tokens",
-        (false, false) => "chunks",
-        (false, true) => "question",
-    };
-    Err(invalid(
-        field,
-        format_args!("prompt of {prompt} tokens and answer of up to {answer} exceed the model's {most}"),
-    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_that_is_too_long_is_blamed_on_its_longest_part() {
+        let check = |prefix, chunks, question, answer| {
+            let refused = Lengths { prefix, chunks, question, answer }.check(100);
+            refused.err().map(|status| status.message().split(':').next().unwrap_or_default().to_owned())
+        };
+        assert_eq!(check(10, 50, 20, 20), None);
+        assert_eq!(check(10, 50, 20, 21).as_deref(), Some("sampling.max_tokens"));
+        assert_eq!(check(10, 90, 20, 1).as_deref(), Some("chunks"));
+        assert_eq!(check(90, 10, 20, 1).as_deref(), Some("prefix"));
+        assert_eq!(check(1, 10, 100, 1).as_deref(), Some("question"));
+        assert_eq!(check(1, 0, 100, 1).as_deref(), Some("question"));
+    }
 }

@@ -120,5 +120,5 @@ async fn hit_rate_is_two_token_counters() {
         assert!(value > 0, "{line}");
     }
     assert!(metrics.contains("cacheclip_gateway_ttft_seconds_bucket"), "{metrics}");
-    assert!(metrics.contains("cacheclip_gateway_scorer_fallback_total{reason=\"timeout\"}"), "{metrics}");
+    assert!(metrics.contains("cacheclip_scorer_fallback_total{reason=\"timeout\"}"), "{metrics}");
 }

@@ -11,6 +11,7 @@ use cacheclip_rpc::status::{exhausted, invalid, unavailable};
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::worker_request::Request as Part;
 use cacheclip_service::request_id::{self, RequestId};
+use cacheclip_service::residency::{Announcer, Load};
 use quick_cache::sync::Cache;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -43,6 +44,7 @@ pub(crate) struct Shared {
     pub(crate) fuse_rank: bool,
     pub(crate) probe: bool,
     pub(crate) sets: Cache<[u8; 32], Set>,
+    pub(crate) announcer: Announcer,
 }
 
 /// The gRPC service. Cheap to clone.
@@ -104,6 +106,20 @@ impl v1::worker_server::Worker for Service {
             max_tokens: shared.limits.max_tokens as u32,
             policies: Policy::NAMES.map(str::to_owned).to_vec(),
         }))
+    }
+
+    type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
+
+    async fn watch(
+        &self,
+        _: tonic::Request<v1::WatchRequest>,
+    ) -> Result<tonic::Response<Self::WatchStream>, Status> {
+        let shared = Arc::clone(&self.0);
+        let load = move || {
+            let (waiting, running) = shared.engine.load();
+            Load { held: shared.loader.held(), waiting, running }
+        };
+        Ok(tonic::Response::new(self.0.announcer.stream(load)))
     }
 }
 

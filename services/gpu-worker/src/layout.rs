@@ -1,29 +1,6 @@
 //! The identity of this worker's KV.
 
-use cacheclip_chunk::{Dtype, KvShape, LayoutId, LayoutSpec, Llama3Scaling, RopeSpec};
-use cacheclip_model::config::Config;
-
-/// The layout of KV computed with these weights and this tokenizer.
-pub(crate) fn spec(config: &Config, weights: [u8; 32], tokenizer: [u8; 32]) -> LayoutSpec {
-    let scaling = config.rope_scaling.map(|s| Llama3Scaling {
-        factor: s.factor,
-        low_freq_factor: s.low_freq_factor,
-        high_freq_factor: s.high_freq_factor,
-        original_max_position: s.original_max_position as u32,
-    });
-    LayoutSpec {
-        weights,
-        adapter: None,
-        tokenizer,
-        rope: RopeSpec { theta: config.rope_theta, scaling },
-        shape: KvShape {
-            layers: config.layers as u32,
-            kv_heads: config.kv_heads as u32,
-            head_dim: config.head_dim as u32,
-        },
-        dtype: Dtype::F32,
-    }
-}
+use cacheclip_chunk::{LayoutId, LayoutSpec};
 
 /// A layout with its id.
 #[derive(Clone, Debug)]

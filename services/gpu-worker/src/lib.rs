@@ -1,7 +1,7 @@
 //! Worker: assembles chunk KV, recomputes selected rows, decodes.
 //!
 //! ```text
-//! grpc ── request (checked) ── loader ── ram │ store │ engine.canonical ──► writer (behind)
+//! grpc ── request (checked) ── loader ── ram │ stores │ engine.canonical ──► writer (behind)
 //!   │                             ║ beside: importance sets
 //!   └── engine thread: place → (probe) → plan → recompute + question → decode
 //! ```
@@ -22,9 +22,10 @@ pub use options::Options;
 use anyhow::Context as _;
 use cacheclip_client::StoreClient;
 use cacheclip_kernels::page::{HeadShape, pages_for};
-use cacheclip_model::{Cpu, certificate, load};
+use cacheclip_model::{Cpu, certificate, layout::spec, load};
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::worker_server::WorkerServer;
+use cacheclip_service::residency::Announcer;
 use cacheclip_service::{Running, Server, seconds};
 use engine::Engine;
 use grpc::{Service, Shared};
@@ -61,20 +62,27 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     .with_context(|| format!("model {}", options.model))?;
     let config = loaded.decoder.config().clone();
     let tokenizer_digest = composer.tokenizer().digest();
-    let layout = Arc::new(Layout::new(layout::spec(&config, loaded.weights_digest, tokenizer_digest)));
+    let layout = Arc::new(Layout::new(spec(&config, loaded.weights_digest, tokenizer_digest)));
     let anchor: Arc<[u32]> = composer.anchor()?.into();
     let limits = Limits::new(config.vocab, config.max_positions, anchor.len(), &options);
     let pages = pages_within(options.page_bytes, &config);
     anyhow::ensure!(pages > 0, "page_bytes: {} holds no page of this model", options.page_bytes);
-    let engine = Engine::start(loaded.decoder, composer.tokenizer().clone(), pages, options.queue)?;
-    let store = match &options.store {
-        Some(endpoint) => Some(StoreClient::connect(endpoint, &options.connect)?),
-        None => None,
+    let engine = Engine::start(
+        loaded.decoder,
+        composer.tokenizer().clone(),
+        pages,
+        options.queue,
+        options.shadow_ratio,
+    )?;
+    metrics::cache_config(cacheclip_kernels::page::PAGE_TOKENS, pages);
+    let stores = match &options.stores[..] {
+        [] => None,
+        seeds => Some(StoreClient::connect(seeds, &options.connect)?),
     };
-    let writer = store.clone().map(|store| Writer::start(store, Arc::clone(&layout), options.write_queue));
+    let writer = stores.clone().map(|stores| Writer::start(stores, Arc::clone(&layout), options.write_queue));
     let loader = Loader::new(
         Ram::new(options.ram_bytes),
-        store,
+        stores,
         engine.clone(),
         writer,
         Arc::clone(&layout),
@@ -83,6 +91,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     );
     tracing::info!(model = options.model, layout = %layout.id, pages, "worker ready");
     let engine_watch = engine.clone();
+    let announcer = Announcer::new(options.model.clone());
     let shared = Shared {
         engine,
         loader,
@@ -96,6 +105,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         fuse_rank: options.fuse_static_rank,
         probe: options.probe,
         sets: Cache::new(SETS),
+        announcer: announcer.clone(),
     };
     let message_bytes = options.service.max_message_bytes;
     let service = WorkerServer::new(Service(Arc::new(shared)))
@@ -104,6 +114,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let running = Server::new("gpu-worker", options.service).serve(Routes::new(service), &[SERVICE]).await?;
     let (readiness, shutdown) = (running.readiness(), running.shutdown());
     readiness.set(true, "");
+    announcer.follow(&running);
     tokio::spawn(async move {
         tokio::select! {
             () = engine_watch.stopped() => readiness.set(false, "the engine has stopped: restart the worker"),

@@ -1,4 +1,4 @@
-//! Finds the KV of a request's sections: own RAM, else a store, else computed canonically, kept and written
+//! Finds the KV of a request's sections: own RAM, else the stores, else computed canonically, kept and written
 //! behind. Hits and misses give the same KV, so they give the same answer.
 
 use crate::engine::{Canonical, Engine};
@@ -9,6 +9,7 @@ use crate::writer::Writer;
 use cacheclip_chunk::{ByteSpan, ChunkKey};
 use cacheclip_client::{Item, Located, StoreClient};
 use cacheclip_model::kv::{ChunkKv, LayerKv};
+use cacheclip_model::layout::layer;
 use cacheclip_rpc::v1::{MissReason, Tier};
 use futures::StreamExt as _;
 use std::collections::{HashMap, HashSet};
@@ -43,7 +44,7 @@ pub(crate) struct Found {
 #[derive(Clone, Debug)]
 pub(crate) struct Loader {
     ram: Ram,
-    store: Option<StoreClient>,
+    stores: Option<StoreClient>,
     engine: Engine,
     writer: Option<Writer>,
     layout: Arc<Layout>,
@@ -52,17 +53,22 @@ pub(crate) struct Loader {
 }
 
 impl Loader {
-    /// Looks in `ram`, then in `store`, then asks `engine`; what was computed goes to `writer`.
+    /// Looks in `ram`, then in `stores`, then asks `engine`; what was computed goes to `writer`.
     pub(crate) fn new(
         ram: Ram,
-        store: Option<StoreClient>,
+        stores: Option<StoreClient>,
         engine: Engine,
         writer: Option<Writer>,
         layout: Arc<Layout>,
         anchor: Arc<[u32]>,
         timeout: Duration,
     ) -> Self {
-        Self { ram, store, engine, writer, layout, anchor, timeout }
+        Self { ram, stores, engine, writer, layout, anchor, timeout }
+    }
+
+    /// What RAM holds, in announcements' short form.
+    pub(crate) fn held(&self) -> Vec<u64> {
+        self.ram.held()
     }
 
     /// All sections, in order; the same key twice is found once.
@@ -82,8 +88,8 @@ impl Loader {
             }
         }
         let mut reasons = HashMap::new();
-        if let Some(store) = self.store.as_ref().filter(|_| !missing.is_empty()) {
-            reasons = self.fetch(store, &missing, &mut found).await;
+        if let Some(stores) = self.stores.as_ref().filter(|_| !missing.is_empty()) {
+            reasons = self.fetch(stores, &missing, &mut found).await;
         }
         for want in missing.iter().filter(|want| !found.contains_key(&want.key)).collect::<Vec<_>>() {
             let reason = reasons.get(&want.key).copied().unwrap_or(MissReason::NeverSeen);
@@ -93,17 +99,17 @@ impl Loader {
         Ok(wanted.iter().map(|want| found[&want.key].clone()).collect())
     }
 
-    /// Makes sure the sections are stored; true for those that had to be computed. Ends when the store has
+    /// Makes sure the sections are stored; true for those that had to be computed. Ends when the stores have
     /// acknowledged them (or refused: a full store is no error).
     ///
     /// # Errors
     /// As [`load`](Self::load).
     pub(crate) async fn precompute(&self, wanted: &[Wanted]) -> Result<Vec<bool>, crate::engine::Error> {
         let keys: Vec<ChunkKey> = wanted.iter().map(|want| want.key).collect();
-        let stored = match &self.store {
-            Some(store) => {
-                let located = store.lookup(self.layout.id, &keys).await;
-                // A store that cannot be asked must not make ingest compute again what RAM holds.
+        let stored = match &self.stores {
+            Some(stores) => {
+                let located = stores.lookup(self.layout.id, &keys).await;
+                // Stores that cannot be asked must not make ingest compute again what RAM holds.
                 let kept = |(entry, key): (&Located, &ChunkKey)| match entry {
                     Located::Found { .. } => true,
                     Located::Missing(MissReason::Unavailable | MissReason::Timeout) => {
@@ -156,17 +162,17 @@ impl Loader {
         Ok(canonical)
     }
 
-    /// Fetches from the store what it has; returns why the rest was not there.
+    /// Fetches from the stores what they have; returns why the rest was not there.
     async fn fetch(
         &self,
-        store: &StoreClient,
+        stores: &StoreClient,
         missing: &[&Wanted],
         found: &mut HashMap<ChunkKey, Found>,
     ) -> HashMap<ChunkKey, MissReason> {
         let keys: Vec<ChunkKey> = missing.iter().map(|want| want.key).collect();
         let mut partial: Vec<Partial> = (0..keys.len()).map(|_| Partial::default()).collect();
         let mut reasons = HashMap::new();
-        let stream = store.get_layers(self.layout.id, &keys, 0..self.layout.spec.shape.layers);
+        let stream = stores.get_layers(self.layout.id, &keys, 0..self.layout.spec.shape.layers);
         let collect = async {
             let mut stream = stream;
             while let Some(item) = stream.next().await {
@@ -182,6 +188,7 @@ impl Loader {
             }
         };
         let complete = tokio::time::timeout(self.timeout, collect).await.is_ok();
+        let mut overdue = 0;
         for (want, partial) in missing.iter().zip(partial) {
             if reasons.contains_key(&want.key) {
                 continue;
@@ -192,13 +199,15 @@ impl Loader {
                     found.insert(want.key, Found { section, tier, reason: None });
                 }
                 None => {
+                    overdue += usize::from(!complete);
                     let reason = if complete { MissReason::Corrupt } else { MissReason::Timeout };
                     reasons.insert(want.key, reason);
                 }
             }
         }
+        cacheclip_client::metrics::overdue(overdue);
         for reason in reasons.values() {
-            tracing::debug!(reason = reason.label(), "chunk not served by the store");
+            tracing::debug!(reason = reason.label(), "chunk not served by the stores");
         }
         reasons
     }
@@ -222,9 +231,8 @@ impl Partial {
                 self.bytes = head.container_len();
                 self.tier = tier;
             }
-            Item::Layer(layer) if layer.layer as usize == self.layers.len() => {
-                let data = floats(&layer.data);
-                self.layers.push(LayerKv { data, tokens: want.ids.len() });
+            Item::Layer(it) if it.layer as usize == self.layers.len() => {
+                self.layers.push(layer(&it.data, want.ids.len()));
             }
             Item::Rank { version, ranks, .. } if version == crate::engine::RANK_VERSION => {
                 self.rank = Some(ranks.into()).filter(|ranks: &Arc<[u8]>| ranks.len() == want.ids.len());
@@ -240,16 +248,10 @@ impl Partial {
     }
 }
 
-/// Little-endian bytes of a layer as values. Bytes of a network buffer need not be aligned for `f32`.
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    let (words, _) = bytes.as_chunks::<4>();
-    words.iter().map(|word| f32::from_le_bytes(*word)).collect()
-}
-
 /// Counts how each chunk of a request was had; the prefix, first in both, is no chunk.
 pub(crate) fn count(wanted: &[Wanted], found: &[Found]) {
     for (want, found) in wanted.iter().zip(found).skip(1) {
-        metrics::lookup(found.tier, found.reason);
+        metrics::lookup(found.reason);
         if found.reason.is_some() {
             metrics::recomputed("miss", want.ids.len());
         }

@@ -1,6 +1,9 @@
 //! Metrics of the worker: every name, label and meaning in one place.
+//!
+//! A chunk's lookup has a `result` (hit, mismatch: another layout's, corrupt, timeout, miss: anything else) and a
+//! `reason`: that of a miss, `none` for a hit.
 
-use cacheclip_rpc::v1::{MissReason, Tier};
+use cacheclip_rpc::v1::MissReason;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 const REQUESTS: &str = "cacheclip_worker_requests_total";
@@ -12,6 +15,14 @@ const REALISED: &str = "cacheclip_worker_realised_ratio";
 const PAGES_USED: &str = "cacheclip_worker_pages_used";
 const PAGES_TOTAL: &str = "cacheclip_worker_pages_total";
 const WRITES: &str = "cacheclip_worker_writes_total";
+const SAVED: &str = "cacheclip_prefill_seconds_saved_total";
+const SHADOWED: &str = "cacheclip_blend_quality_shadow_total";
+const DRIFTED: &str = "cacheclip_blend_quality_drift_total";
+const QUEUE: &str = "cacheclip_worker_queue_requests";
+const WAITING: &str = "vllm:num_requests_waiting";
+const RUNNING: &str = "vllm:num_requests_running";
+const USAGE: &str = "vllm:kv_cache_usage_perc";
+const CONFIG: &str = "vllm:cache_config_info";
 const RAM: &str = "cacheclip_worker_ram_used_bytes";
 
 /// Registers descriptions and the zero values of series that may never move.
@@ -19,15 +30,34 @@ pub fn describe() {
     describe_counter!(REQUESTS, "Generations by policy and rung of the ladder");
     describe_histogram!(TTFT, Unit::Seconds, "From receipt of a request to its first token");
     describe_histogram!(STAGE, Unit::Seconds, "Time in each stage of a generation");
-    describe_counter!(LOOKUPS, "Chunks looked up, by result (hit, miss) and tier or reason");
+    describe_counter!(
+        LOOKUPS,
+        "Chunks looked up, by result (hit, miss, mismatch, corrupt, timeout) and reason"
+    );
     describe_counter!(RECOMPUTED, "Reused tokens recomputed, by reason: selected, miss, fallback");
     describe_histogram!(REALISED, "Recomputed share of the reused chunk rows");
     describe_gauge!(PAGES_USED, "KV pages held by running sequences");
     describe_gauge!(PAGES_TOTAL, "KV pages there are");
     describe_counter!(
         WRITES,
-        "Chunks offered to the store, by outcome: stored, existed, no_room, dropped, failed"
+        "Chunks offered to the stores, by outcome: stored, existed, no_room, dropped, failed"
     );
+    describe_counter!(
+        SAVED,
+        "Whole seconds of prefill that reuse made unnecessary, at the worker's own recent rate per row: a lower bound"
+    );
+    counter!(SAVED).increment(0);
+    describe_counter!(SHADOWED, "Greedy requests that were computed in context, too, to compare");
+    describe_counter!(DRIFTED, "Of these, requests whose first token differed");
+    describe_gauge!(QUEUE, "Requests that wait for the engine");
+    describe_gauge!(WAITING, "The same, by the name that autoscalers read");
+    describe_gauge!(RUNNING, "Sequences being decoded, by the name that autoscalers read");
+    describe_gauge!(USAGE, "Share of KV pages in use, 0 to 1, by the name that autoscalers read");
+    describe_gauge!(CONFIG, "1, with tokens per page and number of pages, by the name that autoscalers read");
+    counter!(SHADOWED).increment(0);
+    counter!(DRIFTED).increment(0);
+    requests(0, 0);
+    gauge!(USAGE).set(0.0);
     describe_gauge!(RAM, Unit::Bytes, "Decoded chunk KV in the worker's RAM");
     for reason in ["selected", "miss", "fallback"] {
         counter!(RECOMPUTED, "reason" => reason).increment(0);
@@ -49,11 +79,16 @@ pub(crate) fn stage(name: &'static str, seconds: f64) {
     histogram!(STAGE, "stage" => name).record(seconds);
 }
 
-pub(crate) fn lookup(tier: Tier, reason: Option<MissReason>) {
-    match reason {
-        None => counter!(LOOKUPS, "result" => "hit", "by" => tier.label()).increment(1),
-        Some(reason) => counter!(LOOKUPS, "result" => "miss", "by" => reason.label()).increment(1),
-    }
+pub(crate) fn lookup(reason: Option<MissReason>) {
+    let result = match reason {
+        None => "hit",
+        Some(MissReason::Layout) => "mismatch",
+        Some(MissReason::Corrupt) => "corrupt",
+        Some(MissReason::Timeout) => "timeout",
+        Some(_) => "miss",
+    };
+    let reason = reason.map_or("none", MissReason::label);
+    counter!(LOOKUPS, "result" => result, "reason" => reason).increment(1);
 }
 
 pub(crate) fn recomputed(reason: &'static str, tokens: usize) {
@@ -67,6 +102,7 @@ pub(crate) fn realised(ratio: f32) {
 pub(crate) fn pages(used: usize, total: usize) {
     gauge!(PAGES_USED).set(used as f64);
     gauge!(PAGES_TOTAL).set(total as f64);
+    gauge!(USAGE).set(used as f64 / total.max(1) as f64);
 }
 
 pub(crate) fn write(outcome: &'static str) {
@@ -75,4 +111,23 @@ pub(crate) fn write(outcome: &'static str) {
 
 pub(crate) fn ram(bytes: u64) {
     gauge!(RAM).set(bytes as f64);
+}
+
+pub(crate) fn saved(seconds: u64) {
+    counter!(SAVED).increment(seconds);
+}
+
+pub(crate) fn shadow(same: bool) {
+    counter!(SHADOWED).increment(1);
+    counter!(DRIFTED).increment(u64::from(!same));
+}
+
+pub(crate) fn requests(waiting: usize, running: usize) {
+    gauge!(QUEUE).set(waiting as f64);
+    gauge!(WAITING).set(waiting as f64);
+    gauge!(RUNNING).set(running as f64);
+}
+
+pub(crate) fn cache_config(page: usize, pages: usize) {
+    gauge!(CONFIG, "block_size" => page.to_string(), "num_gpu_blocks" => pages.to_string()).set(1.0);
 }

@@ -19,9 +19,10 @@ pub struct Options {
     /// Random weights of a named shape instead of the directory's (the tokenizer still comes from there):
     /// right for time and bytes, meaningless as text. Shapes: `smollm2-135m`.
     pub random_shape: Option<String>,
-    /// Cache store to fetch from and publish to; absent: the worker's own RAM is the only cache.
-    pub store: Option<String>,
-    /// How the store is dialled.
+    /// Cache stores to fetch from and publish to, each `http://host:port`, or `dns+http://host:port` for every
+    /// address of a name; stores that these name are used, too. Empty: the worker's own RAM is the only cache.
+    pub stores: Vec<String>,
+    /// How stores are dialled.
     pub connect: ConnectOptions,
     /// Bytes of decoded chunk KV kept in RAM.
     pub ram_bytes: u64,
@@ -37,12 +38,15 @@ pub struct Options {
     pub importance_timeout_seconds: f64,
     /// Longest wait for a chunk's layers before it is computed instead.
     pub load_timeout_seconds: f64,
-    /// Chunks that may wait to be written to the store; one more is not stored.
+    /// Chunks that may wait to be written to the stores; one more is not stored.
     pub write_queue: usize,
     /// Fuse the static rank of ingest with the scorer's order.
     pub fuse_static_rank: bool,
     /// Fuse the primary's own question attention on the stale cache.
     pub probe: bool,
+    /// Share of greedy requests whose prompt is also computed in context after their first token, to count how
+    /// often the two first tokens differ; each costs a full prefill. 0: none.
+    pub shadow_ratio: f64,
 }
 
 impl Default for Options {
@@ -52,7 +56,7 @@ impl Default for Options {
             model: "tiny".into(),
             model_dir: "models/tiny/primary".into(),
             random_shape: None,
-            store: None,
+            stores: Vec::new(),
             connect: ConnectOptions::default(),
             ram_bytes: 1 << 30,
             page_bytes: 512 << 20,
@@ -64,6 +68,7 @@ impl Default for Options {
             write_queue: 64,
             fuse_static_rank: false,
             probe: false,
+            shadow_ratio: 0.0,
         }
     }
 }

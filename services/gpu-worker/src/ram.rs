@@ -2,6 +2,7 @@
 
 use cacheclip_chunk::ChunkKey;
 use cacheclip_model::kv::ChunkKv;
+use cacheclip_service::residency;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
 use std::sync::Arc;
@@ -41,6 +42,11 @@ impl Ram {
     /// A section, if it is here.
     pub(crate) fn get(&self, key: &ChunkKey) -> Option<Section> {
         self.0.get(key)
+    }
+
+    /// What is here, in announcements' short form.
+    pub(crate) fn held(&self) -> Vec<u64> {
+        self.0.iter().map(|(key, _)| residency::short(key.as_bytes())).collect()
     }
 
     /// Keeps a section, evicting others; a section larger than the tier is not kept.

@@ -4,7 +4,7 @@ use crate::engine::Outcome;
 use crate::loader::Found;
 use crate::request::Request;
 use cacheclip_chunk::ByteSpan;
-use cacheclip_plan::Rung;
+use cacheclip_plan::{Policy, Rung};
 use cacheclip_rpc::convert;
 use cacheclip_rpc::v1;
 
@@ -25,11 +25,13 @@ pub(crate) fn done(
         .map(|(_, want)| want.ids.len())
         .sum();
     // Computed in context: what was found was not used.
-    let cached = if rung == Rung::FullPrefill { 0 } else { cached };
+    let in_context = request.policy == Policy::Full || rung == Rung::FullPrefill;
+    let cached = if in_context { 0 } else { cached };
     let usage = v1::Usage {
         prompt_tokens: assembly.total() as u32,
         cached_tokens: cached as u32,
-        recomputed_tokens: selection.rows.len() as u32,
+        // Of what was cached or computed canonically, which is nothing where all was computed in context.
+        recomputed_tokens: if in_context { 0 } else { selection.rows.len() as u32 },
         completion_tokens: outcome.tokens as u32,
     };
     let explain = v1::Explain {

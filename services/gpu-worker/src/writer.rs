@@ -1,4 +1,4 @@
-//! Publishes canonical KV to the store: behind the request's back, or awaited by ingest.
+//! Publishes canonical KV to the stores: behind the request's back, or awaited by ingest.
 
 use crate::engine::{Canonical, RANK_VERSION};
 use crate::layout::Layout;
@@ -6,6 +6,7 @@ use crate::metrics;
 use bytes::Bytes;
 use cacheclip_chunk::{ByteSpan, ChunkKey, Codec, Parts, Rank, encode};
 use cacheclip_client::StoreClient;
+use cacheclip_model::layout::to_bytes;
 use cacheclip_rpc::v1::put_response::Outcome;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
@@ -25,11 +26,11 @@ pub(crate) struct Writer {
 
 impl Writer {
     /// Starts the task; at most `queue` chunks wait.
-    pub(crate) fn start(store: StoreClient, layout: Arc<Layout>, queue: usize) -> Self {
+    pub(crate) fn start(stores: StoreClient, layout: Arc<Layout>, queue: usize) -> Self {
         let (sender, mut inbox) = mpsc::channel::<Write>(queue.max(1));
         tokio::spawn(async move {
             while let Some(write) = inbox.recv().await {
-                let done = publish(&store, &layout, write).await;
+                let done = publish(&stores, &layout, write).await;
                 if let Some(done) = done {
                     // Ingest may have been cancelled meanwhile.
                     let _ = done.send(());
@@ -57,12 +58,12 @@ impl Writer {
     }
 }
 
-async fn publish(store: &StoreClient, layout: &Arc<Layout>, write: Write) -> Option<oneshot::Sender<()>> {
+async fn publish(stores: &StoreClient, layout: &Arc<Layout>, write: Write) -> Option<oneshot::Sender<()>> {
     let Write { key, spans, canonical, done } = write;
     let layout = Arc::clone(layout);
     let encoded = tokio::task::spawn_blocking(move || container(&layout, key, &spans, &canonical)).await;
     match encoded {
-        Ok(Ok(container)) => match store.put(container).await {
+        Ok(Ok(container)) => match stores.put(container).await {
             Ok(Outcome::Stored) => metrics::write("stored"),
             Ok(Outcome::Existed) => metrics::write("existed"),
             Ok(_) => metrics::write("no_room"),
@@ -89,12 +90,7 @@ fn container(
     spans: &[ByteSpan],
     canonical: &Canonical,
 ) -> Result<Bytes, cacheclip_chunk::FormatError> {
-    let layers: Vec<Vec<u8>> = canonical
-        .kv
-        .layers()
-        .iter()
-        .map(|layer| layer.data.iter().flat_map(|value| value.to_le_bytes()).collect())
-        .collect();
+    let layers = to_bytes(&canonical.kv);
     let parts = Parts {
         layout: layout.id,
         key,

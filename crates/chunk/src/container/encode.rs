@@ -3,7 +3,7 @@
 use super::codec::{Codec, Compressor, StoredAs};
 use super::error::FormatError;
 use super::head::{
-    ALIGN, CHECK_AT, ENTRY_LEN, HEADER_LEN, MAGIC, SegmentKind, VERSION, align, check, check_shape,
+    ALIGN, CHECK_AT, ENTRY_LEN, HEADER_LEN, MAGIC, OPTIONAL, SegmentKind, VERSION, align, check, check_shape,
     dtype_code, element_size, raw_len,
 };
 use crate::ByteSpan;
@@ -44,7 +44,17 @@ pub struct Rank<'a> {
 
 /// Makes a container of `parts`. Fails where parts contradict each other or are beyond the format's limits.
 pub fn encode(parts: &Parts<'_>, codec: Codec) -> Result<Vec<u8>, FormatError> {
-    let segments = segments(parts)?;
+    write(parts, None, codec)
+}
+
+/// Makes a container that also holds the token ids, one per token: for readers that need them and do not have the
+/// text. Primary KV does without, because whoever asks for it brings the ids.
+pub fn encode_with_ids(parts: &Parts<'_>, ids: &[u32], codec: Codec) -> Result<Vec<u8>, FormatError> {
+    write(parts, Some(ids), codec)
+}
+
+fn write(parts: &Parts<'_>, ids: Option<&[u32]>, codec: Codec) -> Result<Vec<u8>, FormatError> {
+    let segments = segments(parts, ids)?;
     let mut compressor = Compressor::new(codec).ok_or(match codec {
         Codec::BytePlaneZstd { level } => FormatError::Compressor { level },
         Codec::Raw => FormatError::Compressor { level: 0 },
@@ -95,7 +105,10 @@ pub fn encode(parts: &Parts<'_>, codec: Codec) -> Result<Vec<u8>, FormatError> {
 }
 
 /// The raw segments in the container's order, of the lengths that shape and tokens ask for.
-fn segments<'a>(parts: &'a Parts<'a>) -> Result<Vec<(SegmentKind, Cow<'a, [u8]>)>, FormatError> {
+fn segments<'a>(
+    parts: &'a Parts<'a>,
+    ids: Option<&[u32]>,
+) -> Result<Vec<(SegmentKind, Cow<'a, [u8]>)>, FormatError> {
     let Parts { shape, tokens, dtype, layers, spans, rank, .. } = parts;
     check_shape(*shape, *tokens, *dtype)?;
     let expect = |field, found: usize, expected: u64| match found as u64 == expected {
@@ -103,7 +116,7 @@ fn segments<'a>(parts: &'a Parts<'a>) -> Result<Vec<(SegmentKind, Cow<'a, [u8]>)
         false => Err(FormatError::Parts { field, found: found as u64, expected }),
     };
     expect("layers", layers.len(), shape.layers.into())?;
-    let mut segments = Vec::with_capacity(layers.len() + 2);
+    let mut segments = Vec::with_capacity(layers.len() + OPTIONAL);
     for layer in layers {
         expect("layer", layer.len(), raw_len(SegmentKind::Layer, *shape, *tokens, *dtype))?;
         segments.push((SegmentKind::Layer, Cow::Borrowed(*layer)));
@@ -120,6 +133,10 @@ fn segments<'a>(parts: &'a Parts<'a>) -> Result<Vec<(SegmentKind, Cow<'a, [u8]>)
         expect("rank", rank.ranks.len(), (*tokens).into())?;
         let raw = [&rank.version.to_le_bytes()[..], rank.ranks].concat();
         segments.push((SegmentKind::Rank, Cow::Owned(raw)));
+    }
+    if let Some(ids) = ids {
+        expect("ids", ids.len(), (*tokens).into())?;
+        segments.push((SegmentKind::Ids, Cow::Owned(ids.iter().flat_map(|id| id.to_le_bytes()).collect())));
     }
     Ok(segments)
 }

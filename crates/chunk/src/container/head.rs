@@ -15,6 +15,8 @@ pub const ENTRY_LEN: usize = 64;
 /// Segments start at multiples of this.
 pub const ALIGN: u64 = 4096;
 pub(super) const CHECK_AT: usize = 112;
+/// Kinds of segments that a container may have once, behind its layers.
+pub(super) const OPTIONAL: usize = 3;
 
 /// Most layers a container may have.
 pub const MAX_LAYERS: u32 = 1024;
@@ -27,7 +29,7 @@ pub const MAX_TOKENS: u32 = 1 << 20;
 /// Most raw bytes of one segment: what decoding one segment may allocate.
 pub const MAX_SEGMENT_BYTES: u64 = 1 << 30;
 /// Most bytes of a head that passes the limits above.
-pub const MAX_HEAD_LEN: usize = HEADER_LEN + (MAX_LAYERS as usize + 2) * ENTRY_LEN;
+pub const MAX_HEAD_LEN: usize = HEADER_LEN + (MAX_LAYERS as usize + OPTIONAL) * ENTRY_LEN;
 
 /// What a segment holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +41,14 @@ pub enum SegmentKind {
     Spans = 2,
     /// The static rank of each token.
     Rank = 3,
+    /// The id of each token.
+    Ids = 4,
+}
+
+impl SegmentKind {
+    fn from_code(code: u16) -> Option<Self> {
+        [Self::Layer, Self::Spans, Self::Rank, Self::Ids].into_iter().find(|kind| *kind as u16 == code)
+    }
 }
 
 /// One entry of the segment table.
@@ -157,8 +167,8 @@ impl Head {
         require(usize::from(header.u16(12)) == ENTRY_LEN, "entry length", header.u16(12).into(), "64")?;
         let (segments, layers) = (header.u32(20), header.u32(24));
         require((1..=MAX_LAYERS).contains(&layers), "layers", layers.into(), "1 to 1024")?;
-        let good = (layers..=layers + 2).contains(&segments);
-        require(good, "segment count", segments.into(), "the layers and up to two more")?;
+        let good = (layers..=layers + OPTIONAL as u32).contains(&segments);
+        require(good, "segment count", segments.into(), "the layers and up to three more")?;
         Ok(HEADER_LEN + segments as usize * ENTRY_LEN)
     }
 
@@ -187,7 +197,7 @@ impl Head {
         for (index, entry) in bytes[HEADER_LEN..].chunks_exact(ENTRY_LEN).enumerate() {
             let entry = parse_entry(&Fields(entry), index, segments.last(), shape, tokens, dtype)?;
             require(entry.offset == align(end), "segment offset", entry.offset, "the next multiple of 4096")?;
-            // Cannot overflow: at most 1026 segments of at most 1 GiB.
+            // Cannot overflow: at most 1027 segments of at most 1 GiB.
             end = entry.offset + entry.stored_len;
             segments.push(entry);
         }
@@ -241,7 +251,7 @@ impl Head {
         self.hash
     }
 
-    /// The segment table: all layers in order, then spans and rank where there are any.
+    /// The segment table: all layers in order, then spans, rank and ids where there are any.
     pub fn segments(&self) -> &[SegmentEntry] {
         &self.segments
     }
@@ -295,7 +305,7 @@ impl std::fmt::Debug for Head {
 pub(super) fn element_size(kind: SegmentKind, dtype: Dtype) -> usize {
     match kind {
         SegmentKind::Layer => dtype.size(),
-        SegmentKind::Spans => 4,
+        SegmentKind::Spans | SegmentKind::Ids => 4,
         SegmentKind::Rank => 1,
     }
 }
@@ -306,6 +316,7 @@ pub(super) fn raw_len(kind: SegmentKind, shape: KvShape, tokens: u32, dtype: Dty
         SegmentKind::Layer => shape.layer_bytes(tokens, dtype),
         SegmentKind::Spans => 8 * u64::from(tokens),
         SegmentKind::Rank => 2 + u64::from(tokens),
+        SegmentKind::Ids => 4 * u64::from(tokens),
     }
 }
 
@@ -318,16 +329,13 @@ fn parse_entry(
     dtype: Dtype,
 ) -> Result<SegmentEntry, FormatError> {
     let code = entry.u16(0);
-    let kind = if index < shape.layers as usize {
-        SegmentKind::Layer
-    } else if code == SegmentKind::Spans as u16 && previous.is_some_and(|it| it.kind == SegmentKind::Layer) {
-        SegmentKind::Spans
-    } else {
-        SegmentKind::Rank
-    };
-    let repeated = kind == SegmentKind::Rank && previous.is_some_and(|it| it.kind == SegmentKind::Rank);
-    let good = kind as u16 == code && !repeated;
-    require(good, "segment kind", code.into(), "layers, then spans, then rank")?;
+    let expected = "layers, then spans, then rank, then ids";
+    let wrong = FormatError::Field { field: "segment kind", value: code.into(), expected };
+    let kind = SegmentKind::from_code(code).ok_or(wrong)?;
+    // Optional kinds come once each, in the order of their codes.
+    let behind = previous.is_none_or(|it| it.kind == SegmentKind::Layer || (it.kind as u16) < code);
+    let good = (kind == SegmentKind::Layer) == (index < shape.layers as usize) && behind;
+    require(good, "segment kind", code.into(), expected)?;
     let layer = entry.u32(4);
     let expected = if kind == SegmentKind::Layer { index } else { 0 };
     require(layer as usize == expected, "segment layer", layer.into(), "the layers in order, else 0")?;

@@ -23,7 +23,7 @@
 //!
 //! | entry offset | bytes | field |
 //! | --- | --- | --- |
-//! | 0 | 2 | kind: 1 = layer, 2 = spans, 3 = rank |
+//! | 0 | 2 | kind: 1 = layer, 2 = spans, 3 = rank, 4 = ids |
 //! | 2 | 2 | codec: 0 = raw, 1 = byte planes + zstd |
 //! | 4 | 4 | layer (0 for other kinds) |
 //! | 8 | 8 | offset in the container |
@@ -31,12 +31,13 @@
 //! | 24 | 8 | raw length |
 //! | 32 | 32 | blake3 of the stored bytes |
 //!
-//! Segments come in one order: layer 0, 1, …, then spans, then rank (both optional). Raw contents: a *layer* is
-//! K `[kv_heads, tokens, head_dim]`, before RoPE, then V of the same shape; *spans* are the start and end of
-//! each token in the chunk's text, `u32` each; *rank* is its algorithm's version `u16`, then one byte per token.
+//! Segments come in one order: layer 0, 1, …, then spans, then rank, then ids (each optional). Raw contents: a
+//! *layer* is K `[kv_heads, tokens, head_dim]`, before RoPE, then V of the same shape; *spans* are the start and
+//! end of each token in the chunk's text, `u32` each; *rank* is its algorithm's version `u16`, then one byte per
+//! token; *ids* are the token ids, `u32` each, for readers that do not have the text.
 //!
 //! The byte-plane codec writes byte 0 of all elements, then byte 1 of all, … (elements of a layer have its
-//! dtype's size, of spans 4 bytes, of rank 1) and compresses that as one zstd frame.
+//! dtype's size, of spans and ids 4 bytes, of rank 1) and compresses that as one zstd frame.
 //!
 //! **Container hash = blake3(header ‖ table).** Through the digests it covers the payload, yet it is known before
 //! it: an index can keep it, and a reader can verify layers one by one as they come. What is not covered, the
@@ -87,7 +88,7 @@ impl Container {
             let raw = self.head.decode_segment(index, self.stored(index)?)?;
             match entry.kind {
                 SegmentKind::Spans => drop(parse_spans(index, &raw)?),
-                SegmentKind::Layer | SegmentKind::Rank => {}
+                SegmentKind::Layer | SegmentKind::Rank | SegmentKind::Ids => {}
             }
         }
         Ok(())
@@ -127,6 +128,11 @@ impl Container {
     /// Version of the static rank's algorithm and the rank of each token, if the writer told.
     pub fn rank(&self) -> Result<Option<(u16, Vec<u8>)>, FormatError> {
         self.optional(SegmentKind::Rank)?.map(|(index, raw)| parse_rank(index, raw)).transpose()
+    }
+
+    /// The token ids, if the writer told.
+    pub fn ids(&self) -> Result<Option<Vec<u32>>, FormatError> {
+        Ok(self.optional(SegmentKind::Ids)?.map(|(_, raw)| parse_ids(&raw)))
     }
 
     fn optional(&self, kind: SegmentKind) -> Result<Option<(usize, Vec<u8>)>, FormatError> {
@@ -170,4 +176,10 @@ pub fn parse_rank(index: usize, mut raw: Vec<u8>) -> Result<(u16, Vec<u8>), Form
     };
     raw.drain(..2);
     Ok((u16::from_le_bytes([low, high]), raw))
+}
+
+/// Reads the decoded bytes of an ids segment.
+pub fn parse_ids(raw: &[u8]) -> Vec<u32> {
+    let (words, _) = raw.as_chunks::<4>();
+    words.iter().map(|word| u32::from_le_bytes(*word)).collect()
 }

@@ -32,7 +32,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     no_timing: bool,
     /// Share of the reused tokens to recompute, 0 to 1.
-    #[arg(long)]
+    #[arg(long, value_parser = text::share)]
     ratio: Option<f32>,
     /// Directory with the models `primary/` and `aux/`.
     #[arg(long, default_value = "models/tiny")]

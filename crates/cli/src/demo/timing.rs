@@ -4,7 +4,7 @@ use super::compare::{Answer, ask, request};
 use super::report::{Stage, TimingRow};
 use crate::ingest;
 use cacheclip::fleet::{Fleet, Options};
-use cacheclip_bench::world;
+use cacheclip_bench::{Family, world};
 use cacheclip_rpc::v1::GenerateRequest;
 
 /// Times full prefill and reuse are measured, in turns.

@@ -1,15 +1,21 @@
-//! A store on a real port that goes wrong in one chosen way.
-#![allow(unreachable_pub, reason = "shared by test files")]
+//! Stores on real ports that go wrong in one chosen way, and that know each other by a shared index.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
+
+mod reading;
+
+pub use reading::*;
 
 use bytes::Bytes;
-use cacheclip_chunk::{ByteSpan, ChunkKey, Codec, Container, Dtype, KvShape, LayoutId, Parts, Rank, encode};
-use cacheclip_client::{Options, Outcome, StoreClient};
+use cacheclip_chunk::{
+    ByteSpan, ChunkKey, Codec, Container, Dtype, KvShape, LayoutId, Parts, Rank, encode, encode_with_ids,
+};
+use cacheclip_client::{Outcome, StoreClient};
 use cacheclip_rpc::v1::cache_server::{Cache, CacheServer};
 use cacheclip_rpc::v1::{self, KvFrame, MissReason, Segment, Tier, kv_frame, put_frame};
-use cacheclip_service::{ConnectOptions, Running, Server};
+use cacheclip_service::{Running, Server};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
@@ -26,7 +32,7 @@ pub fn layer(n: u8, layer: u32) -> Vec<u8> {
     vec![n ^ ((layer as u8) << 4); SHAPE.layer_bytes(5, Dtype::F32) as usize]
 }
 
-pub fn container(n: u8) -> Container {
+fn made(n: u8, ids: Option<&[u32]>) -> Container {
     let layers: Vec<_> = (0..SHAPE.layers).map(|it| layer(n, it)).collect();
     let parts = Parts {
         layout: LAYOUT,
@@ -38,10 +44,22 @@ pub fn container(n: u8) -> Container {
         spans: Some(&[ByteSpan { start: 0, end: 3 }; 5]),
         rank: Some(Rank { version: 2, ranks: &[1, 2, 3, 4, 5] }),
     };
-    Container::parse(encode(&parts, Codec::default()).unwrap().into()).unwrap()
+    let bytes = match ids {
+        Some(ids) => encode_with_ids(&parts, ids, Codec::default()),
+        None => encode(&parts, Codec::default()),
+    };
+    Container::parse(bytes.unwrap().into()).unwrap()
 }
 
-/// What the store does wrong.
+pub fn container(n: u8) -> Container {
+    made(n, None)
+}
+
+pub fn with_ids(n: u8) -> Container {
+    made(n, Some(&[10, 11, 12, 13, 14]))
+}
+
+/// What a store does wrong.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fault {
     #[default]
@@ -58,40 +76,105 @@ pub enum Fault {
     Drop(u32),
     /// Refuses so many calls.
     Refuse(u32),
-    /// Never answers.
+    /// Says that it is there and answers nothing else.
     Deaf,
+    /// Answers nothing at all, like a process that was stopped.
+    Frozen,
+}
+
+/// What stores know of each other.
+#[derive(Clone, Default)]
+pub struct Index {
+    pub peers: Arc<Mutex<Vec<v1::Node>>>,
+    pub holders: Arc<Mutex<HashMap<Bytes, Vec<String>>>>,
+}
+
+impl Index {
+    pub fn add(&self, n: u8, store: &str) {
+        let key = Bytes::copy_from_slice(key(n).as_bytes());
+        self.holders.lock().unwrap().entry(key).or_default().push(store.to_owned());
+    }
 }
 
 #[derive(Clone, Default)]
 pub struct Faulty {
-    fault: Fault,
+    pub name: String,
+    pub index: Index,
+    pub fault: Arc<Mutex<Fault>>,
+    pub draining: Arc<AtomicBool>,
+    /// Calls but those of Members.
     pub calls: Arc<AtomicU32>,
     pub asked: Arc<Mutex<Vec<v1::GetLayersRequest>>>,
-    pub put: Arc<Mutex<HashMap<Bytes, Bytes>>>,
+    pub held: Arc<Mutex<HashMap<Bytes, Bytes>>>,
+    pub deletes: Arc<AtomicU32>,
+    endpoint: Arc<OnceLock<String>>,
 }
 
 impl Faulty {
+    /// A store of its own with chunks 1 to 6.
     pub fn with(fault: Fault) -> Self {
-        Self { fault, ..Self::default() }
+        let store = Self::named("faulty", &Index::default());
+        *store.fault.lock().unwrap() = fault;
+        (1..=6).for_each(|n| store.hold(container(n)));
+        store
     }
 
-    pub async fn serve(&self) -> (Running, StoreClient) {
+    /// A store without chunks that knows others.
+    pub fn named(name: &str, index: &Index) -> Self {
+        Self { name: name.to_owned(), index: index.clone(), ..Self::default() }
+    }
+
+    pub fn set(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = fault;
+    }
+
+    pub fn hold(&self, container: Container) {
+        let key = Bytes::copy_from_slice(container.head().key().as_bytes());
+        self.held.lock().unwrap().insert(key, container.bytes().clone());
+    }
+
+    pub fn holds(&self, n: u8) -> bool {
+        self.held.lock().unwrap().contains_key(&key(n).as_bytes()[..])
+    }
+
+    pub async fn serve_at(&self, listen: &str) -> Running {
         let routes = Routes::new(CacheServer::new(self.clone()));
-        let server = Server::new("faulty", cacheclip_service::Options::default());
-        let running = server.serve(routes, &["cacheclip.v1.Cache"]).await.unwrap();
+        let options = cacheclip_service::Options { listen: listen.to_owned(), ..Default::default() };
+        let running = Server::new("faulty", options).serve(routes, &["cacheclip.v1.Cache"]).await.unwrap();
         running.readiness().set(true, "");
-        let client = StoreClient::connect(&running.endpoint(), &ConnectOptions::default()).unwrap();
-        let patience = Options { silence_seconds: 0.5, call_timeout_seconds: 0.5, ..Options::default() };
-        (running, client.with_options(patience))
+        let endpoint = self.endpoint.get_or_init(|| running.endpoint()).clone();
+        let node = v1::Node { name: self.name.clone(), endpoint, draining: false };
+        let mut peers = self.index.peers.lock().unwrap();
+        if !peers.contains(&node) {
+            peers.push(node);
+        }
+        running
+    }
+
+    pub async fn start(&self) -> Running {
+        self.serve_at("127.0.0.1:0").await
+    }
+
+    /// This store alone and a client of it.
+    pub async fn serve(&self) -> (Running, StoreClient) {
+        let running = self.start().await;
+        let client = client(&[running.endpoint()]);
+        (running, client)
     }
 
     async fn before(&self) -> Result<u32, Status> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
-        match self.fault {
+        let fault = *self.fault.lock().unwrap();
+        match fault {
             Fault::Refuse(times) if call < times => Err(Status::unavailable("try again")),
-            Fault::Deaf => std::future::pending().await,
+            Fault::Deaf | Fault::Frozen => std::future::pending().await,
             _ => Ok(call),
         }
+    }
+
+    fn container(&self, key: &Bytes) -> Option<Container> {
+        let bytes = self.held.lock().unwrap().get(key).cloned();
+        bytes.map(|bytes| Container::parse(bytes).unwrap())
     }
 
     async fn send(
@@ -100,27 +183,36 @@ impl Faulty {
         request: v1::GetLayersRequest,
         frames: mpsc::Sender<Result<KvFrame, Status>>,
     ) {
+        let fault = *self.fault.lock().unwrap();
         let send = async |chunk: usize, frame: kv_frame::Frame| {
             let frame = KvFrame { chunk: chunk as u32, frame: Some(frame), tier: Tier::StoreDisk.into() };
             let _ = frames.send(Ok(frame)).await;
         };
-        let known: Vec<_> = request.keys.iter().map(|key| key[0]).collect();
-        for (chunk, n) in known.iter().enumerate() {
-            let container = container(*n + u8::from(self.fault == Fault::WrongHead(chunk as u32)));
-            send(chunk, kv_frame::Frame::Head(container.head().bytes().clone())).await;
-            for index in [4, 5] {
-                let data = container.stored_segment(index).unwrap();
+        let known: Vec<_> = request.keys.iter().map(|key| self.container(key)).collect();
+        for (chunk, known) in known.iter().enumerate() {
+            let Some(known) = known else {
+                send(chunk, kv_frame::Frame::Missing(MissReason::NeverSeen.into())).await;
+                continue;
+            };
+            let head = match fault {
+                Fault::WrongHead(wrong) if wrong == chunk as u32 => container(99).head().bytes().clone(),
+                _ => known.head().bytes().clone(),
+            };
+            send(chunk, kv_frame::Frame::Head(head)).await;
+            for index in 4..known.head().segments().len() {
+                let data = known.stored_segment(index).unwrap();
                 send(chunk, kv_frame::Frame::Segment(Segment { index: index as u32, offset: 0, data })).await;
             }
         }
         for layer in request.first_layer..request.end_layer {
-            for (chunk, n) in known.iter().enumerate() {
-                let stored = container(*n).stored_segment(layer as usize).unwrap();
+            for (chunk, known) in known.iter().enumerate() {
+                let Some(known) = known else { continue };
+                let stored = known.stored_segment(layer as usize).unwrap();
                 let mut data = stored.to_vec();
-                if layer == 1 && self.fault == Fault::Flip(chunk as u32) {
+                if layer == 1 && fault == Fault::Flip(chunk as u32) {
                     data[0] ^= 1;
                 }
-                let gap = u64::from(layer == 1 && self.fault == Fault::Gap(chunk as u32));
+                let gap = u64::from(layer == 1 && fault == Fault::Gap(chunk as u32));
                 // In two frames, so that there is something to put together.
                 let tail = data.split_off(data.len() / 2);
                 let offset = data.len() as u64 + gap;
@@ -129,7 +221,7 @@ impl Faulty {
                 let second = Segment { index: layer, offset, data: tail.into() };
                 send(chunk, kv_frame::Frame::Segment(second)).await;
             }
-            match self.fault {
+            match fault {
                 Fault::Stall if layer == 1 => return frames.closed().await,
                 Fault::Drop(times) if layer == 1 && call < times => {
                     let _ = frames.send(Err(Status::unavailable("going down"))).await;
@@ -151,12 +243,22 @@ impl Cache for Faulty {
         request: Request<v1::LookupRequest>,
     ) -> Result<Response<v1::LookupResponse>, Status> {
         self.before().await?;
-        let hash = Bytes::copy_from_slice(container(1).hash().as_bytes());
-        let tier = Tier::StoreRam.into();
-        let found = v1::Entry { found: true, container_hash: hash, bytes: 9, tier, reason: 0 };
-        let absent = v1::Entry { reason: MissReason::Evicted.into(), ..Default::default() };
-        let entry = |key: Bytes| if key[0] == 1 { found.clone() } else { absent.clone() };
-        let entries = request.into_inner().keys.into_iter().map(entry).collect();
+        let request = request.into_inner();
+        let entry = |key: &Bytes| match self.container(key) {
+            Some(container) => v1::Entry {
+                found: true,
+                container_hash: Bytes::copy_from_slice(container.hash().as_bytes()),
+                bytes: container.bytes().len() as u64,
+                tier: Tier::StoreRam.into(),
+                ..Default::default()
+            },
+            None => {
+                let holders = self.index.holders.lock().unwrap().get(key).cloned().unwrap_or_default();
+                let nodes = if request.elsewhere { holders } else { Vec::new() };
+                v1::Entry { reason: MissReason::NeverSeen.into(), nodes, ..Default::default() }
+            }
+        };
+        let entries = request.keys.iter().map(entry).collect();
         Ok(Response::new(v1::LookupResponse { entries }))
     }
 
@@ -172,8 +274,23 @@ impl Cache for Faulty {
         Ok(Response::new(ReceiverStream::new(answer)))
     }
 
-    async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<Self::GetStream>, Status> {
-        Err(Status::unimplemented("not asked for here"))
+    async fn get(&self, request: Request<v1::GetRequest>) -> Result<Response<Self::GetStream>, Status> {
+        self.before().await?;
+        let held = self.held.lock().unwrap().get(&request.into_inner().key).cloned();
+        let (frames, answer) = mpsc::channel(4);
+        tokio::spawn(async move {
+            let parts = match held {
+                None => vec![kv_frame::Frame::Missing(MissReason::NeverSeen.into())],
+                Some(bytes) => {
+                    bytes.chunks(1000).map(|it| kv_frame::Frame::Data(bytes.slice_ref(it))).collect()
+                }
+            };
+            for frame in parts {
+                let frame = KvFrame { chunk: 0, frame: Some(frame), tier: 0 };
+                let _ = frames.send(Ok(frame)).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(answer)))
     }
 
     async fn put(
@@ -190,7 +307,9 @@ impl Cache for Faulty {
             bytes.extend_from_slice(&data);
         }
         assert_eq!(head.bytes, bytes.len() as u64);
-        self.put.lock().unwrap().insert(head.key, bytes.into());
+        let mut holders = self.index.holders.lock().unwrap();
+        holders.entry(head.key.clone()).or_default().push(self.name.clone());
+        self.held.lock().unwrap().insert(head.key, bytes.into());
         let outcome = Outcome::Stored.into();
         Ok(Response::new(v1::PutResponse { outcome, container_hash: Bytes::new() }))
     }
@@ -200,11 +319,28 @@ impl Cache for Faulty {
         request: Request<v1::DeleteRequest>,
     ) -> Result<Response<v1::DeleteResponse>, Status> {
         self.before().await?;
-        let objects = request.into_inner().keys.len() as u32;
-        Ok(Response::new(v1::DeleteResponse { objects, bytes: 7 }))
+        self.deletes.fetch_add(1, Ordering::SeqCst);
+        let mut held = self.held.lock().unwrap();
+        let removed = request.into_inner().keys.iter().filter(|key| held.remove(*key).is_some()).count();
+        Ok(Response::new(v1::DeleteResponse { objects: removed as u32, bytes: 7 * removed as u64 }))
     }
 
     async fn stat(&self, _: Request<v1::StatRequest>) -> Result<Response<v1::StatResponse>, Status> {
         Ok(Response::new(v1::StatResponse::default()))
+    }
+
+    async fn members(&self, _: Request<v1::MembersRequest>) -> Result<Response<v1::MembersResponse>, Status> {
+        let fault = *self.fault.lock().unwrap();
+        if fault == Fault::Frozen {
+            std::future::pending::<()>().await;
+        }
+        let node = v1::Node {
+            name: self.name.clone(),
+            endpoint: self.endpoint.get().cloned().unwrap_or_default(),
+            draining: self.draining.load(Ordering::SeqCst),
+        };
+        let peers =
+            self.index.peers.lock().unwrap().iter().filter(|it| it.name != self.name).cloned().collect();
+        Ok(Response::new(v1::MembersResponse { node: Some(node), peers, ..Default::default() }))
     }
 }

@@ -7,8 +7,9 @@ use cacheclip_chunk::{ByteSpan, ChunkKey, Codec, Dtype, Head, KvShape, LayoutId,
 use cacheclip_rpc::v1::cache_client::CacheClient;
 use cacheclip_rpc::v1::put_response::Outcome;
 use cacheclip_rpc::v1::{
-    DeleteRequest, DeleteResponse, Entry, GetLayersRequest, GetRequest, KvFrame, LookupRequest, MissReason,
-    PutFrame, PutHead, PutResponse, StatRequest, StatResponse, Tier, kv_frame, put_frame,
+    DeleteRequest, DeleteResponse, Entry, GetLayersRequest, GetRequest, KvFrame, LookupRequest,
+    MembersRequest, MembersResponse, MissReason, PutFrame, PutHead, PutResponse, StatRequest, StatResponse,
+    Tier, kv_frame, put_frame,
 };
 use cacheclip_service::{ConnectOptions, Running, connect};
 use std::collections::BTreeMap;
@@ -77,12 +78,22 @@ impl TestStore {
         Self::start(options).await
     }
 
-    pub async fn put(&self, bytes: Bytes) -> Outcome {
+    pub fn file(&self, n: u32) -> PathBuf {
+        let name = key(n).to_string();
+        self.data.join("objects").join(&name[..2]).join(format!("{name}.kv"))
+    }
+}
+
+/// Calls of a store, wherever it runs.
+pub trait Calls {
+    fn client(&self) -> CacheClient<Channel>;
+
+    async fn put(&self, bytes: Bytes) -> Outcome {
         let head = Head::parse(&bytes).unwrap();
         self.try_put(head.layout(), head.key(), bytes.len() as u64, bytes).await.unwrap().outcome()
     }
 
-    pub async fn try_put(
+    async fn try_put(
         &self,
         layout: LayoutId,
         key: ChunkKey,
@@ -99,33 +110,46 @@ impl TestStore {
             bytes.chunks(1000).map(|data| bytes.slice_ref(data)).map(put_frame::Frame::Data).collect();
         let frames = std::iter::once(put_frame::Frame::Head(head)).chain(data);
         let frames: Vec<_> = frames.map(|frame| PutFrame { frame: Some(frame) }).collect();
-        Ok(self.client.clone().put(futures::stream::iter(frames)).await?.into_inner())
+        Ok(self.client().put(futures::stream::iter(frames)).await?.into_inner())
     }
 
-    pub async fn lookup(&self, layout: LayoutId, keys: &[ChunkKey]) -> Vec<Entry> {
-        let request =
-            LookupRequest { layout: Bytes::copy_from_slice(layout.as_bytes()), keys: bytes_of(keys) };
-        self.client.clone().lookup(request).await.unwrap().into_inner().entries
+    async fn lookup(&self, layout: LayoutId, keys: &[ChunkKey]) -> Vec<Entry> {
+        self.look(layout, keys, false).await
     }
 
-    pub async fn reason(&self, n: u32) -> MissReason {
+    /// Also asks who else has what is not here.
+    async fn lookup_elsewhere(&self, layout: LayoutId, keys: &[ChunkKey]) -> Vec<Entry> {
+        self.look(layout, keys, true).await
+    }
+
+    async fn look(&self, layout: LayoutId, keys: &[ChunkKey], elsewhere: bool) -> Vec<Entry> {
+        let layout = Bytes::copy_from_slice(layout.as_bytes());
+        let request = LookupRequest { layout, keys: bytes_of(keys), elsewhere };
+        self.client().lookup(request).await.unwrap().into_inner().entries
+    }
+
+    async fn members(&self) -> MembersResponse {
+        self.client().members(MembersRequest {}).await.unwrap().into_inner()
+    }
+
+    async fn reason(&self, n: u32) -> MissReason {
         let entries = self.lookup(LAYOUT, &[key(n)]).await;
         assert!(!entries[0].found);
         entries[0].reason()
     }
 
-    pub async fn delete(&self, layout: LayoutId, keys: &[ChunkKey]) -> DeleteResponse {
+    async fn delete(&self, layout: LayoutId, keys: &[ChunkKey]) -> DeleteResponse {
         let request =
             DeleteRequest { layout: Bytes::copy_from_slice(layout.as_bytes()), keys: bytes_of(keys) };
-        self.client.clone().delete(request).await.unwrap().into_inner()
+        self.client().delete(request).await.unwrap().into_inner()
     }
 
-    pub async fn get(&self, n: u32) -> Result<Bytes, MissReason> {
+    async fn get(&self, n: u32) -> Result<Bytes, MissReason> {
         let request = GetRequest {
             layout: Bytes::copy_from_slice(LAYOUT.as_bytes()),
             key: Bytes::copy_from_slice(key(n).as_bytes()),
         };
-        let mut frames = self.client.clone().get(request).await.unwrap().into_inner();
+        let mut frames = self.client().get(request).await.unwrap().into_inner();
         let mut bytes = Vec::new();
         while let Some(frame) = frames.message().await.unwrap() {
             match frame.frame.unwrap() {
@@ -137,20 +161,14 @@ impl TestStore {
         Ok(bytes.into())
     }
 
-    pub async fn get_layers(
-        &self,
-        layout: LayoutId,
-        keys: &[ChunkKey],
-        first: u32,
-        end: u32,
-    ) -> Vec<KvFrame> {
+    async fn get_layers(&self, layout: LayoutId, keys: &[ChunkKey], first: u32, end: u32) -> Vec<KvFrame> {
         let request = GetLayersRequest {
             layout: Bytes::copy_from_slice(layout.as_bytes()),
             keys: bytes_of(keys),
             first_layer: first,
             end_layer: end,
         };
-        let mut frames = self.client.clone().get_layers(request).await.unwrap().into_inner();
+        let mut frames = self.client().get_layers(request).await.unwrap().into_inner();
         let mut all = Vec::new();
         while let Some(frame) = frames.message().await.unwrap() {
             all.push(frame);
@@ -158,13 +176,14 @@ impl TestStore {
         all
     }
 
-    pub async fn stat(&self) -> StatResponse {
-        self.client.clone().stat(StatRequest {}).await.unwrap().into_inner()
+    async fn stat(&self) -> StatResponse {
+        self.client().stat(StatRequest {}).await.unwrap().into_inner()
     }
+}
 
-    pub fn file(&self, n: u32) -> PathBuf {
-        let name = key(n).to_string();
-        self.data.join("objects").join(&name[..2]).join(format!("{name}.kv"))
+impl Calls for TestStore {
+    fn client(&self) -> CacheClient<Channel> {
+        self.client.clone()
     }
 }
 

@@ -280,8 +280,12 @@ pub(crate) struct Fleet {
 
 pub(crate) async fn start_worker(fake: &Fake, listen: &str) -> Running {
     let options = cacheclip_service::Options { listen: listen.into(), ..Default::default() };
-    let routes = Routes::new(WorkerServer::new(fake.clone()));
-    Server::new("fake worker", options).serve(routes, &["cacheclip.v1.Worker"]).await.expect("a worker")
+    let announcer = residency::Announcer::new("fake worker");
+    let routes = Routes::new(WorkerServer::new(Fake { announcer: announcer.clone(), ..fake.clone() }));
+    let server = Server::new("fake worker", options);
+    let running = server.serve(routes, &["cacheclip.v1.Worker"]).await.expect("a worker");
+    announcer.follow(&running);
+    running
 }
 
 pub(crate) async fn start_scorer(fake: &Fake) -> Running {

@@ -6,6 +6,7 @@
 
 mod generation;
 mod prefill;
+mod shadow;
 
 pub(crate) use generation::{Event, Generation, Outcome, Placed};
 pub(crate) use prefill::Canonical;
@@ -16,8 +17,10 @@ use cacheclip_model::pages::{Allocator, Sequence};
 use cacheclip_model::{Cpu, Decoder, Device};
 use cacheclip_prompt::Tokenizer;
 use generation::Running;
+use shadow::{Rate, Shadow};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::sync::{mpsc, oneshot};
 
 /// The device this build computes on.
@@ -90,10 +93,21 @@ impl Job {
 #[derive(Clone, Debug)]
 pub(crate) struct Engine {
     jobs: mpsc::Sender<Job>,
+    load: Arc<Load>,
+}
+
+/// What the engine has to do, as others may see it.
+#[derive(Debug, Default)]
+struct Load {
+    /// Jobs taken from the channel that have not begun.
+    waiting: AtomicU32,
+    /// Sequences being decoded.
+    running: AtomicU32,
 }
 
 impl Engine {
-    /// Starts the thread. `pages` is the KV budget in pages, `queue` the number of jobs that may wait.
+    /// Starts the thread. `pages` is the KV budget in pages, `queue` the number of jobs that may wait,
+    /// `shadow_ratio` the share of greedy requests that are computed in context, too, to compare.
     ///
     /// # Errors
     /// The device cannot hold the pages, or no thread can be started.
@@ -102,11 +116,16 @@ impl Engine {
         tokenizer: Tokenizer,
         pages: usize,
         queue: usize,
+        shadow_ratio: f64,
     ) -> anyhow::Result<Self> {
         let (jobs, inbox) = mpsc::channel(queue);
         let allocator = Allocator::new(pages);
         let pages = decoder.pages(allocator.total())?;
+        let load = Arc::<Load>::default();
         let state = Thread {
+            load: Arc::clone(&load),
+            rate: Rate::default(),
+            shadow: Shadow::new(shadow_ratio),
             decoder,
             tokenizer,
             pages,
@@ -116,7 +135,14 @@ impl Engine {
             queue,
         };
         std::thread::Builder::new().name("engine".into()).spawn(move || state.run(inbox))?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, load })
+    }
+
+    /// Requests that wait, and requests that run.
+    pub(crate) fn load(&self) -> (u32, u32) {
+        let queued = (self.jobs.max_capacity() - self.jobs.capacity()) as u32;
+        let waiting = queued + self.load.waiting.load(Ordering::Relaxed);
+        (waiting, self.load.running.load(Ordering::Relaxed))
     }
 
     /// Completes when the engine thread is gone.
@@ -159,6 +185,9 @@ struct Thread {
     waiting: VecDeque<Job>,
     running: Vec<Running>,
     queue: usize,
+    load: Arc<Load>,
+    rate: Rate,
+    shadow: Shadow,
 }
 
 impl Thread {
@@ -178,6 +207,9 @@ impl Thread {
             self.waiting.extend(job);
             self.admit();
             self.decode();
+            self.load.waiting.store(self.waiting.len() as u32, Ordering::Relaxed);
+            self.load.running.store(self.running.len() as u32, Ordering::Relaxed);
+            crate::metrics::requests(inbox.len() + self.waiting.len(), self.running.len());
             crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
         }
     }
@@ -204,10 +236,19 @@ impl Thread {
                 // A caller that went away does not want the answer.
                 let _ = reply.send(self.canonical(&behind, &ids, &sequence));
             }
-            Job::Generate { generation, events } => match self.prefill(&generation, sequence) {
-                Ok(first) => self.running.extend(Running::start(*generation, first, events, &self.tokenizer)),
-                Err(error) => fail(&events, error),
-            },
+            Job::Generate { generation, events } => {
+                let shadowed = self.shadow.turn(&generation);
+                match self.prefill(&generation, sequence) {
+                    Ok(first) => {
+                        let token = first.token;
+                        self.running.extend(Running::start(*generation, first, events, &self.tokenizer));
+                        if let Some(ids) = shadowed {
+                            self.compare(&ids, token);
+                        }
+                    }
+                    Err(error) => fail(&events, error),
+                }
+            }
         }
     }
 

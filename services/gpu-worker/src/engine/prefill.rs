@@ -30,6 +30,7 @@ impl Thread {
         ids: &[u32],
         sequence: &Sequence,
     ) -> Result<Canonical, Error> {
+        let began = Instant::now();
         let all = [behind, ids].concat();
         let positions: Vec<u32> = (0..all.len() as u32).collect();
         let mut export = Export::default();
@@ -42,6 +43,7 @@ impl Thread {
             ..Pass::new(&all, &positions, sequence.table())
         };
         self.decoder.forward(&mut self.pages, pass)?;
+        self.rate.saw(all.len(), began.elapsed());
         let kv = export.finish(behind.len(), self.decoder.config().head_dim);
         Ok(Canonical { kv, rank: ranks(&probe.scores()[behind.len()..]) })
     }
@@ -49,7 +51,8 @@ impl Thread {
     /// Assembles, selects, recomputes and draws the first token.
     pub(super) fn prefill(&mut self, generation: &Generation, sequence: Sequence) -> Result<First, Error> {
         let mut stages = vec![("queue", generation.queued.elapsed().as_secs_f64())];
-        let mut last = Instant::now();
+        let began = Instant::now();
+        let mut last = began;
         let mut lap = |name: &'static str| {
             stages.push((name, last.elapsed().as_secs_f64()));
             last = Instant::now();
@@ -60,6 +63,7 @@ impl Thread {
             let logits =
                 self.decoder.forward(&mut self.pages, Pass::new(&generation.ids, &positions, table))?;
             lap("prefill");
+            self.rate.saw(generation.ids.len(), began.elapsed());
             (logits, Selection::in_context(&generation.assembly, generation.nominal()))
         } else {
             for section in &generation.placed {
@@ -80,6 +84,9 @@ impl Thread {
             lap("recompute");
             (logits, selection)
         };
+        if !generation.in_context() {
+            crate::metrics::saved(self.rate.saved(generation.ids.len(), began.elapsed()));
+        }
         let mut sampler = Sampler::new(generation.sampling);
         let token = sampler.next(&logits)?;
         Ok(First { token, sampler, sequence, selection, stages, ttft: generation.received.elapsed() })

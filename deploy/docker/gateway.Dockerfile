@@ -1,0 +1,36 @@
+# syntax=docker/dockerfile:1
+# The gateway's image. From the repository's root:
+#
+#   docker build -f deploy/docker/gateway.Dockerfile -t cacheclip-gateway:0.1.0 .
+#
+# What is sent to the builder is chosen by gateway.Dockerfile.dockerignore beside this file.
+
+ARG RUST_IMAGE=rust:1.89-bookworm
+# Needs glibc and libgcc and no shell: a distroless "cc" image does as well and is smaller.
+ARG RUNTIME_IMAGE=debian:bookworm-slim
+
+FROM ${RUST_IMAGE} AS build
+WORKDIR /src
+COPY Cargo.toml Cargo.lock ./
+COPY crates crates
+COPY services services
+COPY proto proto
+# A member of the workspace: cargo wants its manifest, and builds nothing of it here.
+COPY tests/Cargo.toml tests/Cargo.toml
+COPY tests/src tests/src
+# Registry and target directory outlive a build, so that the next one compiles what changed. The binary is copied out,
+# because a cache is not part of the layer.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked -p cacheclip-gateway --bin cacheclip-gateway \
+    && install -D -s target/release/cacheclip-gateway /out/cacheclip-gateway
+
+FROM ${RUNTIME_IMAGE}
+COPY --from=build /out/cacheclip-gateway /usr/local/bin/cacheclip-gateway
+# The small trained pair, for trying things out. A gateway tokenises and needs no weights.
+COPY models/tiny/primary/config.json models/tiny/primary/tokenizer.json models/tiny/primary/prompt.json \
+    /usr/share/cacheclip/models/tiny/primary/
+# The chart's user: numeric, so that Kubernetes can tell it is not root.
+USER 65532:65532
+EXPOSE 7070 9090
+ENTRYPOINT ["/usr/local/bin/cacheclip-gateway"]

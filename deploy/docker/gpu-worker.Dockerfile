@@ -1,0 +1,52 @@
+# syntax=docker/dockerfile:1
+# The gpu-worker's image. From the repository's root, for the CPU:
+#
+#   docker build -f deploy/docker/gpu-worker.Dockerfile -t cacheclip-gpu-worker:0.1.0 .
+#
+# For CUDA, on NVIDIA's images of one version: one with the compiler to build in, one without to run in. FEATURES takes
+# the worker's cargo features for CUDA; a worker without any computes on the CPU in this image, too.
+#
+#   docker build -f deploy/docker/gpu-worker.Dockerfile -t cacheclip-gpu-worker:0.1.0-cuda \
+#       --build-arg CUDA_BUILD_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu22.04 \
+#       --build-arg CUDA_IMAGE=nvidia/cuda:13.0.1-runtime-ubuntu22.04 \
+#       --build-arg FEATURES="…" .
+#
+# What is sent to the builder is chosen by gpu-worker.Dockerfile.dockerignore beside this file.
+
+ARG RUST_IMAGE=rust:1.89-bookworm
+# Where the worker is compiled and where it runs. The second's glibc must not be older than the first's.
+ARG CUDA_BUILD_IMAGE=${RUST_IMAGE}
+ARG CUDA_IMAGE=debian:bookworm-slim
+
+FROM ${RUST_IMAGE} AS rust
+
+FROM ${CUDA_BUILD_IMAGE} AS build
+# CUDA's images have no Rust: the toolchain is taken from the image that has it.
+COPY --from=rust /usr/local/cargo /usr/local/cargo
+COPY --from=rust /usr/local/rustup /usr/local/rustup
+ENV CARGO_HOME=/usr/local/cargo RUSTUP_HOME=/usr/local/rustup PATH=/usr/local/cargo/bin:/usr/local/cuda/bin:$PATH
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY Cargo.toml Cargo.lock ./
+COPY crates crates
+COPY services services
+COPY proto proto
+# A member of the workspace: cargo wants its manifest, and builds nothing of it here.
+COPY tests/Cargo.toml tests/Cargo.toml
+COPY tests/src tests/src
+ARG FEATURES=""
+# Registry and target directory outlive a build, so that the next one compiles what changed. The binary is copied out,
+# because a cache is not part of the layer.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/src/target \
+    cargo build --release --locked -p cacheclip-gpu-worker --bin cacheclip-gpu-worker --features "${FEATURES}" \
+    && install -D -s target/release/cacheclip-gpu-worker /out/cacheclip-gpu-worker
+
+FROM ${CUDA_IMAGE}
+COPY --from=build /out/cacheclip-gpu-worker /usr/local/bin/cacheclip-gpu-worker
+# The small trained pair, for trying things out.
+COPY models/tiny/primary /usr/share/cacheclip/models/tiny/primary
+# The chart's user: numeric, so that Kubernetes can tell it is not root.
+USER 65532:65532
+EXPOSE 7072 9090
+ENTRYPOINT ["/usr/local/bin/cacheclip-gpu-worker"]

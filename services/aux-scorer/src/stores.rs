@@ -1,0 +1,199 @@
+//! Auxiliary KV in the stores: fetched where RAM has none, and published behind whoever had it computed.
+//!
+//! Stores are a cache here, too. Whatever they do, scoring goes on: with text, after a bounded wait.
+
+use crate::auxiliary::Chunk;
+use crate::identity::{Digest, Identity};
+use crate::{Options, metrics};
+use cacheclip_chunk::{ChunkKey, Container};
+use cacheclip_client::{Located, Outcome, StoreClient};
+use cacheclip_rpc::v1::MissReason;
+use cacheclip_service::seconds;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout, timeout_at};
+
+/// Longest wait of an ingest for one chunk to be stored; then it goes on, and the chunk stays in the queue.
+const STORED: Duration = Duration::from_secs(30);
+
+struct Write {
+    digest: Digest,
+    chunk: Chunk,
+    done: Option<oneshot::Sender<()>>,
+}
+
+/// Handle to the stores. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Stores {
+    client: StoreClient,
+    identity: Arc<Identity>,
+    timeout: Duration,
+    queue: mpsc::Sender<Write>,
+}
+
+impl Stores {
+    /// Dials `options.stores`, and starts the writing task; None where there are none.
+    ///
+    /// # Errors
+    /// An endpoint that cannot be dialled.
+    pub(crate) fn start(
+        options: &Options,
+        identity: Identity,
+    ) -> Result<Option<Self>, cacheclip_client::Error> {
+        if options.stores.is_empty() {
+            return Ok(None);
+        }
+        let wait = options.load_timeout_seconds;
+        // A call that is given up half-way teaches nobody that its store is slow: calls end before requests do.
+        let patience = cacheclip_client::Options {
+            call_timeout_seconds: wait / 2.0,
+            silence_seconds: wait / 2.0,
+            ..Default::default()
+        };
+        let client = StoreClient::connect_with(&options.stores, &options.connect, patience)?;
+        let identity = Arc::new(identity);
+        let (queue, mut inbox) = mpsc::channel::<Write>(options.write_queue.max(1));
+        let (publisher, shared) = (client.clone(), Arc::clone(&identity));
+        tokio::spawn(async move {
+            while let Some(Write { digest, chunk, done }) = inbox.recv().await {
+                metrics::write(publish(&publisher, &shared, digest, chunk).await);
+                // Ingest may have been cancelled meanwhile.
+                if let Some(done) = done {
+                    let _ = done.send(());
+                }
+            }
+        });
+        Ok(Some(Self { client, identity, timeout: seconds(wait), queue }))
+    }
+
+    /// What the stores have of these chunks, within the time that a request may wait for them.
+    pub(crate) async fn load(&self, digests: &[Digest]) -> HashMap<Digest, Chunk> {
+        let keys: Vec<ChunkKey> = digests.iter().map(|digest| self.identity.key(digest)).collect();
+        let mut incoming = self.client.get(self.identity.layout(), &keys);
+        let deadline = Instant::now() + self.timeout;
+        let (mut containers, mut answered) = (Vec::new(), 0);
+        while answered < digests.len() {
+            match timeout_at(deadline, incoming.next()).await {
+                Ok(Some((index, container))) => {
+                    answered += 1;
+                    // Why one does not come is counted by the client.
+                    containers.extend(container.ok().map(|container| (digests[index], container)));
+                }
+                Ok(None) => break,
+                Err(_) => {
+                    cacheclip_client::metrics::overdue(digests.len() - answered);
+                    tracing::debug!(chunks = digests.len() - answered, "stores are slow: going on with text");
+                    break;
+                }
+            }
+        }
+        drop(incoming);
+        let identity = Arc::clone(&self.identity);
+        let decoded = tokio::task::spawn_blocking(move || decode(&identity, containers)).await;
+        decoded.unwrap_or_else(|error| {
+            tracing::error!(%error, "decoding ended early");
+            HashMap::new()
+        })
+    }
+
+    /// Which of these chunks must be stored: those that the stores say they do not have.
+    pub(crate) async fn lacking(&self, digests: &[Digest]) -> Vec<Lacking> {
+        let keys: Vec<ChunkKey> = digests.iter().map(|digest| self.identity.key(digest)).collect();
+        let unknown = || vec![Lacking::Unknown; digests.len()];
+        let Ok(located) = timeout(self.timeout, self.client.lookup(self.identity.layout(), &keys)).await
+        else {
+            return unknown();
+        };
+        let lacking = |located: Located| match located {
+            Located::Found { .. } => Lacking::No,
+            Located::Missing(MissReason::Unavailable | MissReason::Timeout) => Lacking::Unknown,
+            Located::Missing(_) => Lacking::Yes,
+        };
+        located.into_iter().map(lacking).collect()
+    }
+
+    /// Queues a chunk; dropped and counted when the queue is full, because a question must not wait for a store.
+    /// The chunk stays in RAM.
+    pub(crate) fn write_behind(&self, digest: Digest, chunk: Chunk) {
+        if self.queue.try_send(Write { digest, chunk, done: None }).is_err() {
+            metrics::write("dropped");
+        }
+    }
+
+    /// Publishes chunks and waits until the stores have answered, or do not.
+    pub(crate) async fn write(&self, chunks: Vec<(Digest, Chunk)>) {
+        for (digest, chunk) in chunks {
+            let (done, answered) = oneshot::channel();
+            let write = Write { digest, chunk, done: Some(done) };
+            let writing = async {
+                if self.queue.send(write).await.is_ok() {
+                    // An error means that the task ended with the process.
+                    let _ = answered.await;
+                }
+            };
+            if timeout(STORED, writing).await.is_err() {
+                tracing::warn!("stores are slow: auxiliary KV is stored behind its ingest");
+            }
+        }
+    }
+}
+
+/// Whether the stores lack a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lacking {
+    /// One has it.
+    No,
+    /// They say that they do not have it.
+    Yes,
+    /// The one that should know cannot be asked.
+    Unknown,
+}
+
+fn decode(identity: &Identity, containers: Vec<(Digest, Container)>) -> HashMap<Digest, Chunk> {
+    let mut chunks = HashMap::new();
+    for (digest, container) in containers {
+        match identity.decode(&container) {
+            Ok(Some(chunk)) => {
+                chunks.insert(digest, chunk);
+            }
+            Ok(None) => tracing::warn!(key = %container.head().key(), "stored auxiliary KV is not usable"),
+            Err(error) => {
+                cacheclip_client::metrics::verify_failed();
+                tracing::warn!(key = %container.head().key(), %error, "auxiliary KV was damaged on its way");
+            }
+        }
+    }
+    chunks
+}
+
+async fn publish(
+    client: &StoreClient,
+    identity: &Arc<Identity>,
+    digest: Digest,
+    chunk: Chunk,
+) -> &'static str {
+    let identity = Arc::clone(identity);
+    let encoded = tokio::task::spawn_blocking(move || identity.encode(&digest, &chunk)).await;
+    let container = match encoded {
+        Ok(Ok(container)) => container,
+        Ok(Err(error)) => {
+            tracing::error!(%error, "auxiliary KV could not be encoded");
+            return "failed";
+        }
+        Err(error) => {
+            tracing::error!(%error, "encoding panicked");
+            return "failed";
+        }
+    };
+    match client.put(container).await {
+        Ok(Outcome::Stored) => "stored",
+        Ok(Outcome::Existed) => "existed",
+        Ok(_) => "no_room",
+        Err(error) => {
+            tracing::warn!(%error, "auxiliary KV was not stored");
+            "failed"
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! What the fleet promises when its processes die, pause or are told to stop. Real processes, a real redis-server,
+//! a client that knows the proto files only.
+
+use cacheclip_bench::{Corpus, Family, world};
+use cacheclip_rpc::v1::generate_event::Event;
+use cacheclip_rpc::v1::{GenerateRequest, MissReason};
+use cacheclip_tests::ask::{Answer, ask, client, finish, ingest, long_request, open, request};
+use cacheclip_tests::fleet::{Fleet, Shape};
+use cacheclip_tests::until;
+use tokio::sync::{Mutex, MutexGuard};
+use tonic::Code;
+
+/// Two cores do not carry several fleets at once: deadlines would measure the machine.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+struct Scene {
+    fleet: Fleet,
+    corpus: Corpus,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// A fleet that has ingested a corpus; `None` where it cannot be started here.
+async fn scene(shape: Shape) -> Option<Scene> {
+    let alone = ONE_AT_A_TIME.lock().await;
+    let fleet = Fleet::start(shape).await?;
+    let corpus = world::generate(31, 4, 12, &Family::ALL);
+    let texts: Vec<&str> = corpus.documents.iter().map(|document| document.text.as_str()).collect();
+    let mut gateway = client(&fleet.gateway.endpoint());
+    let computed = ingest(&mut gateway, &texts).await.expect("ingested");
+    assert_eq!(computed as usize, texts.len(), "nothing was stored before");
+    Some(Scene { fleet, corpus, _alone: alone })
+}
+
+impl Scene {
+    fn request(&self, question: usize) -> GenerateRequest {
+        let question = &self.corpus.questions[question];
+        let chunks: Vec<&str> =
+            question.chunks.iter().map(|&index| self.corpus.documents[index].text.as_str()).collect();
+        request(&chunks, &question.text)
+    }
+
+    async fn ask(&self, question: usize) -> Answer {
+        ask(&mut client(&self.fleet.gateway.endpoint()), self.request(question)).await.expect("an answer")
+    }
+
+    /// One question over all sixteen reports, so that each store has some of them.
+    async fn ask_over_everything(&self) -> Answer {
+        let chunks: Vec<&str> = self.corpus.documents.iter().map(|document| document.text.as_str()).collect();
+        let request = request(&chunks, &self.corpus.questions[0].text);
+        ask(&mut client(&self.fleet.gateway.endpoint()), request).await.expect("an answer")
+    }
+
+    fn long(&self, question: usize) -> GenerateRequest {
+        let question = &self.corpus.questions[question];
+        let chunks: Vec<&str> =
+            question.chunks.iter().map(|&index| self.corpus.documents[index].text.as_str()).collect();
+        long_request(&chunks, &question.text, 400)
+    }
+}
+
+/// For a given selection hits and misses give the same answer, whatever is up or down.
+fn same(undisturbed: &Answer, now: &Answer) {
+    if undisturbed.selection() == now.selection() {
+        assert_eq!(undisturbed.text, now.text);
+    } else {
+        assert_ne!(
+            (&now.explain.rung, now.explain.realised_ratio),
+            (&undisturbed.explain.rung, undisturbed.explain.realised_ratio),
+            "another selection on the same rung is not reported"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_worker_killed_between_two_questions_changes_no_answer() {
+    let Some(mut scene) = scene(Shape::default()).await else { return };
+    let before = scene.ask(0).await;
+    assert_eq!(before.hits(), before.explain.chunks.len(), "the corpus was ingested");
+    scene.fleet.workers[0].kill();
+    for _ in 0..3 {
+        same(&before, &scene.ask(0).await);
+    }
+    scene.fleet.workers[0].restart();
+    scene.fleet.workers[0].ready().await;
+    scene.fleet.workers[1].kill();
+    same(&before, &scene.ask(0).await);
+}
+
+#[tokio::test]
+async fn a_worker_killed_during_a_stream_ends_it_with_unavailable_and_the_next_question_is_answered() {
+    let Some(mut scene) = scene(Shape::default()).await else { return };
+    let before = scene.ask(0).await;
+    let mut gateway = client(&scene.fleet.gateway.endpoint());
+    let mut stream = open(&mut gateway, scene.long(1)).await.expect("a stream");
+    let mut seen = 0;
+    while seen < 2 {
+        let event = stream.message().await.expect("an event").expect("more to come");
+        seen += usize::from(matches!(event.event, Some(Event::Token(_))));
+    }
+    // Whichever of the two it is.
+    scene.fleet.workers.iter_mut().for_each(|worker| worker.kill());
+    let ended = finish(stream, seen).await.expect_err("no worker is left");
+    assert_eq!(ended.code(), Code::Unavailable, "{ended}");
+    scene.fleet.workers[1].restart();
+    scene.fleet.workers[1].ready().await;
+    same(&before, &scene.ask(0).await);
+}
+
+#[tokio::test]
+async fn a_store_killed_costs_its_chunks_recomputation_and_nothing_else() {
+    let Some(mut scene) = scene(Shape::default()).await else { return };
+    let before = scene.ask_over_everything().await;
+    scene.fleet.stores[0].kill();
+    let after = scene.ask_over_everything().await;
+    same(&before, &after);
+    let lost: Vec<_> = after.explain.chunks.iter().filter(|chunk| !chunk.hit).collect();
+    assert!(lost.len() < after.explain.chunks.len(), "the other store's share is still there: {lost:?}");
+    for chunk in &lost {
+        assert_ne!(chunk.reason(), MissReason::Corrupt, "{chunk:?}");
+    }
+    // What was recomputed is stored on the store that is left, behind the request.
+    until("the lost chunks are stored again", || async {
+        let again = scene.ask_over_everything().await;
+        same(&before, &again);
+        again.hits() == again.explain.chunks.len()
+    })
+    .await;
+    scene.fleet.stores[0].restart();
+    scene.fleet.stores[0].ready().await;
+    same(&before, &scene.ask_over_everything().await);
+}
+
+#[tokio::test]
+async fn without_its_scorer_the_fleet_answers_on_a_lower_rung_and_says_so() {
+    let Some(mut scene) = scene(Shape { workers: 1, ..Shape::default() }).await else { return };
+    let before = scene.ask(0).await;
+    assert_eq!(before.explain.rung, "scorer");
+    scene.fleet.scorer.kill();
+    let again = scene.ask(0).await;
+    assert_eq!(again.explain.rung, "cached-set", "the one worker remembers the question");
+    assert_eq!((&again.text, again.selection()), (&before.text, before.selection()));
+    assert_eq!(scene.ask(1).await.explain.rung, "static-rank");
+    let strict = GenerateRequest { strict: true, ..scene.request(2) };
+    let refused = ask(&mut client(&scene.fleet.gateway.endpoint()), strict).await.expect_err("strict");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    scene.fleet.scorer.restart();
+    scene.fleet.scorer.ready().await;
+    until("the scorer is used again", || async { scene.ask(2).await.explain.rung == "scorer" }).await;
+}
+
+#[tokio::test]
+async fn without_redis_answers_are_the_same_and_readiness_says_why() {
+    let Some(mut scene) = scene(Shape::default()).await else { return };
+    let before = scene.ask(0).await;
+    scene.fleet.redis.kill();
+    same(&before, &scene.ask(0).await);
+    let store = &scene.fleet.stores[0];
+    until("the store says that its index is away", || async { store.why().await.contains("index") }).await;
+    until("a metric says so", || async { store.metric("cacheclip_index_up").await == Some(0.0) }).await;
+    let after = scene.ask(0).await;
+    same(&before, &after);
+    assert_eq!(after.hits(), after.explain.chunks.len(), "the chunks are where they were");
+    scene.fleet.redis.restart();
+    let store = &scene.fleet.stores[0];
+    until("the store says that it is back", || async { store.why().await == "ready" }).await;
+}
+
+#[tokio::test]
+async fn whatever_is_paused_every_request_ends_within_its_deadline() {
+    let Some(scene) = scene(Shape::default()).await else { return };
+    let before = scene.ask(0).await;
+    let Fleet { workers, scorer, stores, redis, .. } = &scene.fleet;
+    for process in [&workers[0], &stores[0], scorer, redis] {
+        process.signal("STOP");
+        for _ in 0..2 {
+            // `ask` fails the test where the deadline passes.
+            match ask(&mut client(&scene.fleet.gateway.endpoint()), scene.request(0)).await {
+                Ok(answer) => same(&before, &answer),
+                Err(ended) => assert!(
+                    matches!(ended.code(), Code::Unavailable | Code::DeadlineExceeded),
+                    "{} paused: {ended}",
+                    process.name
+                ),
+            }
+        }
+        process.signal("CONT");
+        until("the fleet answers as before", || async {
+            let answer = ask(&mut client(&scene.fleet.gateway.endpoint()), scene.request(0)).await;
+            answer.is_ok_and(|answer| answer.explain.rung == "scorer" && answer.text == before.text)
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn sigterm_loses_no_request_in_flight_and_readiness_flips_first() {
+    let Some(mut scene) = scene(Shape { workers: 1, ..Shape::default() }).await else { return };
+    let mut gateway = client(&scene.fleet.gateway.endpoint());
+    for back_to_front in [true, false] {
+        let mut stream = open(&mut gateway, scene.long(1)).await.expect("a stream");
+        let mut seen = 0;
+        while seen < 2 {
+            let event = stream.message().await.expect("an event").expect("more to come");
+            seen += usize::from(matches!(event.event, Some(Event::Token(_))));
+        }
+        let process = if back_to_front { &mut scene.fleet.workers[0] } else { &mut scene.fleet.gateway };
+        process.signal("TERM");
+        let answer = finish(stream, seen).await.expect("the answer that was under way");
+        assert!(answer.tokens > 10, "the whole of it: {} tokens", answer.tokens);
+        let status = process.ended().await;
+        assert!(status.success(), "{} ended with {status}", process.name);
+        if back_to_front {
+            process.restart();
+            process.ready().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn two_gateways_send_the_same_chunks_to_the_same_worker() {
+    let Some(scene) = scene(Shape { worker_ram: 1 << 30, workers: 2 }).await else { return };
+    let endpoints = |of: &[cacheclip_tests::process::Process]| {
+        let all: Vec<String> = of.iter().map(|process| format!("\"{}\"", process.endpoint())).collect();
+        format!("[{}]", all.join(","))
+    };
+    let settings = [
+        format!("workers={}", endpoints(&scene.fleet.workers)),
+        format!("scorers={}", endpoints(std::slice::from_ref(&scene.fleet.scorer))),
+    ];
+    let dir = scene.fleet.dir.path();
+    let mut second = cacheclip_tests::process::Process::service("cacheclip-gateway", dir, &settings);
+    second.ready().await;
+    let first = scene.ask(0).await;
+    until("the second gateway finds the chunks in the RAM of the worker that the first one chose", || async {
+        let answer = ask(&mut client(&second.endpoint()), scene.request(0)).await.expect("an answer");
+        same(&first, &answer);
+        answer.explain.chunks.iter().all(|chunk| chunk.tier() == cacheclip_rpc::v1::Tier::WorkerRam)
+    })
+    .await;
+    let counted = async || {
+        let mut each = Vec::new();
+        for worker in &scene.fleet.workers {
+            each.push(worker.sum("cacheclip_worker_requests_total", &[]).await);
+        }
+        each
+    };
+    let before = counted().await;
+    for _ in 0..3 {
+        scene.ask(0).await;
+        ask(&mut client(&second.endpoint()), scene.request(0)).await.expect("an answer");
+    }
+    let after = counted().await;
+    let moved: Vec<f64> = before.iter().zip(&after).map(|(before, after)| after - before).collect();
+    assert!(moved.contains(&6.0), "both gateways chose one worker: {moved:?}");
+}
