@@ -50,7 +50,10 @@ pub fn client(endpoint: &str) -> GatewayClient<Channel> {
 /// A greedy request over chunks.
 pub fn request(chunks: &[&str], question: &str) -> GenerateRequest {
     GenerateRequest {
-        chunks: chunks.iter().map(|text| v1::Chunk { text: (*text).to_owned(), ..Default::default() }).collect(),
+        chunks: chunks
+            .iter()
+            .map(|text| v1::Chunk { text: (*text).to_owned(), ..Default::default() })
+            .collect(),
         question: question.to_owned(),
         sampling: Some(Sampling { max_tokens: 16, ..Default::default() }),
         ..Default::default()
@@ -59,7 +62,13 @@ pub fn request(chunks: &[&str], question: &str) -> GenerateRequest {
 
 /// The same with an answer as long and as random as can be, for tests that need a stream to be under way.
 pub fn long_request(chunks: &[&str], question: &str, max_tokens: u32) -> GenerateRequest {
-    let sampling = Sampling { temperature: 100.0, seed: 7, max_tokens, stop: vec!["\u{1}".into()], ..Default::default() };
+    let sampling = Sampling {
+        temperature: 100.0,
+        seed: 7,
+        max_tokens,
+        stop: vec!["\u{1}".into()],
+        ..Default::default()
+    };
     GenerateRequest { sampling: Some(sampling), ..request(chunks, question) }
 }
 
@@ -97,7 +106,9 @@ pub async fn finish(mut stream: Streaming<v1::GenerateEvent>, mut tokens: usize)
         }
         Err(Status::unknown("the stream ended without its final message"))
     };
-    tokio::time::timeout(DEADLINE + Duration::from_secs(3), reading).await.expect("every request ends in time")
+    tokio::time::timeout(DEADLINE + Duration::from_secs(3), reading)
+        .await
+        .expect("every request ends in time")
 }
 
 /// Asks and waits for the end.
@@ -114,7 +125,8 @@ pub async fn ask(client: &mut GatewayClient<Channel>, request: GenerateRequest) 
 /// # Errors
 /// The status it ended with.
 pub async fn ingest(client: &mut GatewayClient<Channel>, chunks: &[&str]) -> Result<u32, Status> {
-    let chunks = chunks.iter().map(|text| v1::Chunk { text: (*text).to_owned(), ..Default::default() }).collect();
+    let chunks =
+        chunks.iter().map(|text| v1::Chunk { text: (*text).to_owned(), ..Default::default() }).collect();
     let document = IngestRequest { document: "test".into(), chunks, ..Default::default() };
     let mut request = Request::new(tokio_stream::iter([document]));
     request.set_timeout(DEADLINE);

@@ -77,7 +77,8 @@ impl Fleet {
             format!("[{}]", all.join(","))
         };
         let at_stores = format!("stores={}", endpoints(&stores));
-        let mut scorer = Process::service("cacheclip-aux-scorer", dir.path(), std::slice::from_ref(&at_stores));
+        let mut scorer =
+            Process::service("cacheclip-aux-scorer", dir.path(), std::slice::from_ref(&at_stores));
         let ram = format!("ram_bytes={}", shape.worker_ram);
         let settings = [at_stores, ram];
         let mut workers: Vec<Process> = (0..shape.workers)

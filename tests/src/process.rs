@@ -81,21 +81,17 @@ impl Process {
     /// When the process ends instead, with its log.
     pub async fn ready(&mut self) {
         let admin = self.admin;
-        loop {
-            let ready = tokio::time::timeout(crate::PATIENCE, async {
-                while !get(admin, "/ready").await.is_some_and(|answer| answer.starts_with("HTTP/1.1 200")) {
-                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-                    if self.child.try_wait().expect("a child").is_some() {
-                        return false;
-                    }
+        let ready = tokio::time::timeout(crate::PATIENCE, async {
+            while !get(admin, "/ready").await.is_some_and(|answer| answer.starts_with("HTTP/1.1 200")) {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                if self.child.try_wait().expect("a child").is_some() {
+                    return false;
                 }
-                true
-            });
-            match ready.await {
-                Ok(true) => return,
-                other => panic!("{} is not ready ({other:?}):\n{}", self.name, self.log()),
             }
-        }
+            true
+        });
+        let ready = ready.await;
+        assert!(ready == Ok(true), "{} is not ready ({ready:?}):\n{}", self.name, self.log());
     }
 
     /// What the process has logged.

@@ -8,7 +8,10 @@ fn the_page_of_metrics_is_what_the_code_registers() {
         std::fs::write(&path, &page).expect("docs/metrics.md is written");
     }
     let written = std::fs::read_to_string(&path).expect("docs/metrics.md");
-    assert!(page == written, "docs/metrics.md is out of date: cacheclip metrics --markdown > docs/metrics.md");
+    assert!(
+        page == written,
+        "docs/metrics.md is out of date: cacheclip metrics --markdown > docs/metrics.md"
+    );
 }
 
 #[test]

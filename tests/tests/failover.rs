@@ -231,11 +231,14 @@ async fn two_gateways_send_the_same_chunks_to_the_same_worker() {
     let mut second = cacheclip_tests::process::Process::service("cacheclip-gateway", dir, &settings);
     second.ready().await;
     let first = scene.ask(0).await;
-    until("the second gateway finds the chunks in the RAM of the worker that the first one chose", || async {
-        let answer = ask(&mut client(&second.endpoint()), scene.request(0)).await.expect("an answer");
-        same(&first, &answer);
-        answer.explain.chunks.iter().all(|chunk| chunk.tier() == cacheclip_rpc::v1::Tier::WorkerRam)
-    })
+    until(
+        "the second gateway finds the chunks in the RAM of the worker that the first one chose",
+        || async {
+            let answer = ask(&mut client(&second.endpoint()), scene.request(0)).await.expect("an answer");
+            same(&first, &answer);
+            answer.explain.chunks.iter().all(|chunk| chunk.tier() == cacheclip_rpc::v1::Tier::WorkerRam)
+        },
+    )
     .await;
     let counted = async || {
         let mut each = Vec::new();

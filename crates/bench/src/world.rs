@@ -117,7 +117,8 @@ struct Entry {
 pub fn generate(seed: u64, districts: usize, questions: usize, families: &[Family]) -> Corpus {
     let words: Words = serde_json::from_str(include_str!("../../../models/tiny/world.json"))
         .expect("the word lists are part of this program");
-    Generator { random: StdRng::seed_from_u64(seed), words, entries: Vec::new() }.corpus(districts, questions, families)
+    Generator { random: StdRng::seed_from_u64(seed), words, entries: Vec::new() }
+        .corpus(districts, questions, families)
 }
 
 struct Generator {

@@ -70,14 +70,12 @@ fn main() -> ExitCode {
                 Ok(ExitCode::SUCCESS)
             }
             Command::Metrics { markdown: false } => text::json(&cacheclip::metrics::all()),
-            Command::World { seed, questions } => {
-                text::json(&cacheclip_bench::world::generate(
-                    seed,
-                    demo::DISTRICTS,
-                    questions,
-                    &cacheclip_bench::Family::RELIABLE,
-                ))
-            }
+            Command::World { seed, questions } => text::json(&cacheclip_bench::world::generate(
+                seed,
+                demo::DISTRICTS,
+                questions,
+                &cacheclip_bench::Family::RELIABLE,
+            )),
         }
     });
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));

@@ -20,6 +20,8 @@ pub struct Metric {
     pub exported_by: BTreeSet<&'static str>,
     /// Labels, with the values that exist from the start.
     pub labels: BTreeMap<String, BTreeSet<String>>,
+    /// Whether it has series before anything has happened.
+    pub from_start: bool,
     /// What it counts.
     pub help: String,
 }
@@ -38,6 +40,7 @@ impl Notes {
 
     fn register(&self, key: &Key, kind: &'static str) {
         self.with(key.name(), kind, |metric| {
+            metric.from_start = true;
             for label in key.labels() {
                 metric.labels.entry(label.key().to_owned()).or_default().insert(label.value().to_owned());
             }

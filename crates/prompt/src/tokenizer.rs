@@ -80,7 +80,9 @@ impl Tokenizer {
         let (bos, eos) = special_ids(&dir.join("config.json"), &template)?;
         template.decode(&[bos], false).map_err(|error| malformed(format!("it cannot decode: {error}")))?;
         let digest = *blake3::hash(&bytes).as_bytes();
-        Ok(Self { inner: Arc::new(Inner { template, plain, added, byte_level, most_bytes, bos, eos, digest }) })
+        Ok(Self {
+            inner: Arc::new(Inner { template, plain, added, byte_level, most_bytes, bos, eos, digest }),
+        })
     }
 
     /// How many tokens a text of so many bytes has at the least: tells that it is too long before anything is spent

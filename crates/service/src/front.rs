@@ -114,7 +114,8 @@ where
             }
         };
         // tonic ends a handler at the caller's deadline, but not the stream that it returned.
-        let patience = timeout_in(request.headers()).map_or(self.front.timeout, |it| it.min(self.front.timeout));
+        let patience =
+            timeout_in(request.headers()).map_or(self.front.timeout, |it| it.min(self.front.timeout));
         let deadline = (!infrastructure).then(|| Instant::now() + patience);
         let handler = request_id::scope(id.clone(), self.inner.call(request)).instrument(span);
         Box::pin(async move {
@@ -138,7 +139,9 @@ where
 }
 
 fn overdue() -> Status {
-    Status::deadline_exceeded("the deadline of the caller, or the server's own limit on a request's time, was reached")
+    Status::deadline_exceeded(
+        "the deadline of the caller, or the server's own limit on a request's time, was reached",
+    )
 }
 
 fn echo(mut response: Response<Body>, id: &RequestId) -> Response<Body> {

@@ -95,7 +95,8 @@ impl Relay {
             let failed = match attempt.await {
                 Ok(done) => {
                     let before = v1::Stage { name: "tokenize".into(), seconds: tokenize };
-                    let stages = scored.as_ref().and_then(|scored| scored.peek()).map(|scored| &scored.stages);
+                    let stages =
+                        scored.as_ref().and_then(|scored| scored.peek()).map(|scored| &scored.stages);
                     let done = finish(done, before, stages, reusable);
                     send(events, v1::generate_event::Event::Done(done)).await;
                     return Ok(());
@@ -136,7 +137,9 @@ impl Relay {
         };
         let relay = self.relay(worker, requests, events, progress);
         tokio::pin!(feed, relay);
-        let lost = || unavailable(format_args!("the worker {} fell silent; send the request again", worker.endpoint()));
+        let lost = || {
+            unavailable(format_args!("the worker {} fell silent; send the request again", worker.endpoint()))
+        };
         tokio::select! {
             biased;
             finished = &mut relay => finished,

@@ -35,11 +35,26 @@ pub fn describe() {
     describe_counter!(TOKENISED, "Chunks tokenised, by result: cached, computed");
     describe_counter!(RESTARTS, "Requests that another worker took over before their first token");
     describe_counter!(UNPREPARED, "Ingested chunks that no scorer prepared, by reason");
-    describe_gauge!(PEERS, "Workers and scorers, by kind and state: known, live (heard of within their lease)");
+    describe_gauge!(
+        PEERS,
+        "Workers and scorers, by kind and state: known, live (heard of within their lease)"
+    );
     counter!(RESTARTS).increment(0);
+    for result in ["computed", "stored"] {
+        counter!(INGESTED, "result" => result).increment(0);
+    }
+    for result in ["cached", "computed"] {
+        counter!(TOKENISED, "result" => result).increment(0);
+    }
+    for kind in ["prompt", "cached", "recomputed", "completion"] {
+        counter!(TOKENS, "kind" => kind).increment(0);
+    }
+    for kind in ["worker", "scorer"] {
+        peers(kind, 0, 0);
+    }
+    counter!(REQUESTED).increment(0);
     describe_counter!(INGESTED, "Chunks ingested, by result: computed, stored (was there already)");
     FALLBACKS.iter().for_each(|&reason| counter!(FALLBACK, "reason" => reason).increment(0));
-    counter!(REQUESTED).increment(0);
     counter!(HIT).increment(0);
 }
 

@@ -171,13 +171,8 @@ impl Peers {
         options: &ConnectOptions,
         watch: Watch,
     ) -> Result<Self, cacheclip_service::Error> {
-        let inner = Inner {
-            what,
-            seeds: seeds.to_vec(),
-            connect: options.clone(),
-            watch,
-            peers: RwLock::default(),
-        };
+        let inner =
+            Inner { what, seeds: seeds.to_vec(), connect: options.clone(), watch, peers: RwLock::default() };
         let peers = Self(Arc::new(inner));
         // Plain endpoints are there at once, and wrong ones are an error of the start.
         for seed in seeds.iter().filter(|seed| !seed.starts_with("dns+")) {
@@ -307,13 +302,8 @@ mod tests {
     }
 
     fn say_for(lease_seconds: f64, peers: &Peers, index: usize, held: &[u64], waiting: u32) {
-        let residency = Residency {
-            lease_seconds,
-            changed: true,
-            held: held.to_vec(),
-            waiting,
-            ..Default::default()
-        };
+        let residency =
+            Residency { lease_seconds, changed: true, held: held.to_vec(), waiting, ..Default::default() };
         peers.0.peers.read()[index].take(residency);
     }
 

@@ -110,7 +110,8 @@ impl Sections {
         if least <= most {
             return Ok(());
         }
-        let why = format_args!("{} bytes are {least} tokens at the least; there is room for {most}", text.len());
+        let why =
+            format_args!("{} bytes are {least} tokens at the least; there is room for {most}", text.len());
         Err(invalid(field, why))
     }
 
@@ -195,7 +196,8 @@ impl Lengths {
         }
         let parts = [(self.chunks, "chunks"), (self.question, "question"), (self.prefix, "prefix")];
         // Of equally long parts the first: chunks are what a caller can leave out.
-        let longest = parts.iter().rev().max_by_key(|(tokens, _)| *tokens).map_or("chunks", |(_, field)| field);
+        let longest =
+            parts.iter().rev().max_by_key(|(tokens, _)| *tokens).map_or("chunks", |(_, field)| field);
         let field = if prompt < most { "sampling.max_tokens" } else { longest };
         Err(invalid(
             field,

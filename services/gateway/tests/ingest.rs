@@ -82,7 +82,7 @@ async fn a_bad_document_is_named_by_its_place_and_none_of_it_is_computed() {
         ("documents[1].chunks[1].text", document("bad", &["fine", ""])),
         ("documents[1].chunks", document("bad", &[])),
         ("documents[1].chunks[0].text", document("bad", &[&long])),
-        ("model", v1::IngestRequest { model: "other".into(), ..document("bad", &["fine"]) }),
+        ("documents[1].model", v1::IngestRequest { model: "other".into(), ..document("bad", &["fine"]) }),
     ];
     for (field, bad) in cases {
         fleet.fake.state().precomputed.clear();

@@ -13,7 +13,7 @@ const LOOKUPS: &str = "cacheclip_chunk_lookups_total";
 const RECOMPUTED: &str = "cacheclip_recomputed_tokens_total";
 const REALISED: &str = "cacheclip_worker_realised_ratio";
 const PAGES_USED: &str = "cacheclip_worker_pages_used";
-const PAGES_TOTAL: &str = "cacheclip_worker_pages_total";
+const PAGES_TOTAL: &str = "cacheclip_worker_pages_capacity";
 const WRITES: &str = "cacheclip_worker_writes_total";
 const SAVED: &str = "cacheclip_prefill_seconds_saved_total";
 const SHADOWED: &str = "cacheclip_blend_quality_shadow_total";
@@ -62,6 +62,8 @@ pub fn describe() {
     for reason in ["selected", "miss", "fallback"] {
         counter!(RECOMPUTED, "reason" => reason).increment(0);
     }
+    lookups()
+        .for_each(|(result, reason)| counter!(LOOKUPS, "result" => result, "reason" => reason).increment(0));
     for outcome in ["stored", "existed", "no_room", "dropped", "failed"] {
         counter!(WRITES, "outcome" => outcome).increment(0);
     }
@@ -79,7 +81,8 @@ pub(crate) fn stage(name: &'static str, seconds: f64) {
     histogram!(STAGE, "stage" => name).record(seconds);
 }
 
-pub(crate) fn lookup(reason: Option<MissReason>) {
+/// How one chunk's lookup is counted: result and reason.
+fn outcome(reason: Option<MissReason>) -> (&'static str, &'static str) {
     let result = match reason {
         None => "hit",
         Some(MissReason::Layout) => "mismatch",
@@ -87,7 +90,18 @@ pub(crate) fn lookup(reason: Option<MissReason>) {
         Some(MissReason::Timeout) => "timeout",
         Some(_) => "miss",
     };
-    let reason = reason.map_or("none", MissReason::label);
+    (result, reason.map_or("none", MissReason::label))
+}
+
+/// Every outcome there is.
+fn lookups() -> impl Iterator<Item = (&'static str, &'static str)> {
+    use MissReason::{Corrupt, Deleted, Evicted, Layout, NeverSeen, Timeout, Unavailable};
+    let reasons = [NeverSeen, Evicted, Layout, Corrupt, Timeout, Unavailable, Deleted].map(Some);
+    std::iter::once(None).chain(reasons).map(outcome)
+}
+
+pub(crate) fn lookup(reason: Option<MissReason>) {
+    let (result, reason) = outcome(reason);
     counter!(LOOKUPS, "result" => result, "reason" => reason).increment(1);
 }
 

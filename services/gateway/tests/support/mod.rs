@@ -74,11 +74,7 @@ pub(crate) struct Fake {
 
 impl Default for Fake {
     fn default() -> Self {
-        Self {
-            state: Arc::default(),
-            announcer: residency::Announcer::new("fake"),
-            dropped: Arc::default(),
-        }
+        Self { state: Arc::default(), announcer: residency::Announcer::new("fake"), dropped: Arc::default() }
     }
 }
 
@@ -89,7 +85,8 @@ impl Fake {
 
     /// Announces keys as resident.
     pub(crate) fn hold(&self, keys: &[tonic::codegen::Bytes]) {
-        let short = |key: &tonic::codegen::Bytes| residency::short(key.as_ref().try_into().expect("32 bytes"));
+        let short =
+            |key: &tonic::codegen::Bytes| residency::short(key.as_ref().try_into().expect("32 bytes"));
         self.state().held = keys.iter().map(short).collect();
     }
 

@@ -75,7 +75,8 @@ impl Thread {
         let mut compared = || -> Result<bool, Error> {
             let sequence = self.allocator.sequence(ids.len())?;
             let positions: Vec<u32> = (0..ids.len() as u32).collect();
-            let logits = self.decoder.forward(&mut self.pages, Pass::new(ids, &positions, sequence.table()))?;
+            let logits =
+                self.decoder.forward(&mut self.pages, Pass::new(ids, &positions, sequence.table()))?;
             Ok(Sampler::new(Options::default()).next(&logits)? == given)
         };
         match compared() {
