@@ -106,7 +106,7 @@ pub(crate) fn check_model(field: &str, model: &str, described: &Described) -> Re
     Err(invalid(field, format_args!("unknown model {model:?}; this gateway serves {:?}", described.model)))
 }
 
-/// Checks a list of chunks; `within` is what its field stands in ("documents[3]." for ingest).
+/// Checks a list of chunks; `within` is what its field stands in (`documents[3].` for ingest).
 pub(crate) fn check_chunks(within: &str, chunks: &[v1::Chunk]) -> Result<(), Status> {
     for (index, chunk) in chunks.iter().enumerate() {
         if chunk.text.is_empty() {

@@ -46,9 +46,9 @@ impl fmt::Debug for Link {
     }
 }
 
+// Boxed: one of each per process, and neither is small.
 enum Target {
-    Single(Client),
-    // Boxed: it is twice as large.
+    Single(Box<Client>),
     Cluster(Box<ClusterClient>),
 }
 
@@ -94,12 +94,12 @@ impl Link {
             let Some(info) = infos.into_iter().next() else {
                 return Err(Error::Option { field: "index.urls", reason: "is empty".into() });
             };
-            Target::Single(match certificates {
+            Target::Single(Box::new(match certificates {
                 Some(certificates) => {
                     Client::build_with_tls(info, certificates).map_err(wrong("index.ca_file"))?
                 }
                 None => Client::open(info).map_err(wrong("index.urls"))?,
-            })
+            }))
         };
         let state = State { connection: None, serial: 0, why: "not connected yet".into() };
         Ok(Self { target, address: options.urls.join(", "), timeout, state: Mutex::new(state) })
