@@ -1,7 +1,7 @@
 //! Metrics of the store client: every name, label and meaning in one place.
 //!
 //! Labels: `tier` is a tier's label, and `store_disk` for what is written; `direction` is `in` (from stores) or
-//! `out`; `reason` of [`SKIPPED`] is one of [`SKIPS`]; `outcome` is one of [`MOVED`].
+//! `out`; `reason` of `SKIPPED` is one of [`SKIPS`]; `outcome` is one of [`MOVED`].
 
 use cacheclip_rpc::v1::{MissReason, Tier};
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
