@@ -4,15 +4,23 @@ use crate::until;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// A port that was free a moment ago.
+/// A port that was free a moment ago, below the range that the system gives to outgoing connections: one of those
+/// could take it before the process that it is meant for has started.
 ///
 /// # Panics
 /// When this machine has none.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("its address").port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    // Test binaries that run side by side begin at different places.
+    let base = 20_000 + (std::process::id() % 120) as u16 * 100;
+    let found = (0..12_000).find_map(|_| {
+        let port = 20_000 + (base - 20_000 + NEXT.fetch_add(1, Ordering::Relaxed)) % 12_000;
+        TcpListener::bind(("127.0.0.1", port)).is_ok().then_some(port)
+    });
+    found.expect("a free port")
 }
 
 /// Where the workspace's binaries are: beside the test that runs.
