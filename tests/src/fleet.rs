@@ -72,10 +72,6 @@ impl Fleet {
                 Process::service("cacheclip-cache-store", dir.path(), &settings)
             })
             .collect();
-        let endpoints = |of: &[Process]| {
-            let all: Vec<String> = of.iter().map(|process| format!("\"{}\"", process.endpoint())).collect();
-            format!("[{}]", all.join(","))
-        };
         let at_stores = format!("stores={}", endpoints(&stores));
         let mut scorer =
             Process::service("cacheclip-aux-scorer", dir.path(), std::slice::from_ref(&at_stores));
@@ -84,17 +80,37 @@ impl Fleet {
         let mut workers: Vec<Process> = (0..shape.workers)
             .map(|_| Process::service("cacheclip-gpu-worker", dir.path(), &settings))
             .collect();
-        let settings = [
-            format!("workers={}", endpoints(&workers)),
-            format!("scorers={}", endpoints(std::slice::from_ref(&scorer))),
-        ];
-        let mut gateway = Process::service("cacheclip-gateway", dir.path(), &settings);
+        let mut gateway = start_gateway(&dir, &workers, &scorer);
         let all = stores.iter_mut().chain(&mut workers).chain([&mut scorer, &mut gateway]);
         for process in all {
             process.ready().await;
         }
         Some(Self { gateway, workers, scorer, stores, redis, dir })
     }
+
+    /// One more gateway in front of the same workers and scorer, ready.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub async fn another_gateway(&self) -> Process {
+        let mut gateway = start_gateway(&self.dir, &self.workers, &self.scorer);
+        gateway.ready().await;
+        gateway
+    }
+}
+
+/// A configuration's list of these processes' endpoints.
+fn endpoints(of: &[Process]) -> String {
+    let all: Vec<String> = of.iter().map(|process| format!("\"{}\"", process.endpoint())).collect();
+    format!("[{}]", all.join(","))
+}
+
+fn start_gateway(dir: &TempDir, workers: &[Process], scorer: &Process) -> Process {
+    let settings = [
+        format!("workers={}", endpoints(workers)),
+        format!("scorers={}", endpoints(std::slice::from_ref(scorer))),
+    ];
+    Process::service("cacheclip-gateway", dir.path(), &settings)
 }
 
 fn start_redis(program: PathBuf, dir: &TempDir) -> Process {

@@ -1,7 +1,7 @@
 //! What the fleet promises when its processes die, pause or are told to stop. Real processes, a real redis-server,
 //! a client that knows the proto files only.
 
-use cacheclip_bench::{Corpus, Family, world};
+use cacheclip_bench::{Corpus, Family, Question, world};
 use cacheclip_rpc::v1::generate_event::Event;
 use cacheclip_rpc::v1::{ChunkReport, GenerateRequest, MissReason, Tier};
 use cacheclip_tests::ask::{Answer, ask, client, finish, ingest, long_request, open, request};
@@ -32,11 +32,15 @@ async fn scene(shape: Shape) -> Option<Scene> {
 }
 
 impl Scene {
+    /// A question's reports in its order, and its text.
+    fn prompt(&self, question: usize) -> (Vec<&str>, &str) {
+        let Question { chunks, text, .. } = &self.corpus.questions[question];
+        (chunks.iter().map(|&index| self.corpus.documents[index].text.as_str()).collect(), text)
+    }
+
     fn request(&self, question: usize) -> GenerateRequest {
-        let question = &self.corpus.questions[question];
-        let chunks: Vec<&str> =
-            question.chunks.iter().map(|&index| self.corpus.documents[index].text.as_str()).collect();
-        request(&chunks, &question.text)
+        let (chunks, question) = self.prompt(question);
+        request(&chunks, question)
     }
 
     async fn ask(&self, question: usize) -> Answer {
@@ -51,10 +55,8 @@ impl Scene {
     }
 
     fn long(&self, question: usize) -> GenerateRequest {
-        let question = &self.corpus.questions[question];
-        let chunks: Vec<&str> =
-            question.chunks.iter().map(|&index| self.corpus.documents[index].text.as_str()).collect();
-        long_request(&chunks, &question.text, 400)
+        let (chunks, question) = self.prompt(question);
+        long_request(&chunks, question, 400)
     }
 }
 
@@ -219,17 +221,7 @@ async fn sigterm_loses_no_request_in_flight_and_readiness_flips_first() {
 #[tokio::test]
 async fn two_gateways_send_requests_to_workers_that_hold_their_chunks_without_sharing_state() {
     let Some(scene) = scene(Shape { worker_ram: 1 << 30, workers: 2 }).await else { return };
-    let endpoints = |of: &[cacheclip_tests::process::Process]| {
-        let all: Vec<String> = of.iter().map(|process| format!("\"{}\"", process.endpoint())).collect();
-        format!("[{}]", all.join(","))
-    };
-    let settings = [
-        format!("workers={}", endpoints(&scene.fleet.workers)),
-        format!("scorers={}", endpoints(std::slice::from_ref(&scene.fleet.scorer))),
-    ];
-    let dir = scene.fleet.dir.path();
-    let mut second = cacheclip_tests::process::Process::service("cacheclip-gateway", dir, &settings);
-    second.ready().await;
+    let second = scene.fleet.another_gateway().await;
     let first = scene.ask(0).await;
     until(
         "the second gateway finds the chunks in the RAM of the worker that the first one chose",

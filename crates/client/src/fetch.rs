@@ -36,10 +36,7 @@ pub(crate) fn start(fetch: Fetch) -> LayerStream {
                 () = outbox.closed() => {}
             }
         };
-        match request_id::current() {
-            Some(id) => tokio::spawn(request_id::scope(id, reading)),
-            None => tokio::spawn(reading),
-        };
+        request_id::spawn(reading);
     }
     LayerStream::new(inbox)
 }

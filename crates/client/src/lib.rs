@@ -32,7 +32,8 @@
 //!    │           whole: containers    find: which store has a chunk    calls: one call at one store
 //!    ├── fleet: the live stores, who keeps what ── placement
 //!    │     └─ membership (task): asks who is there      node: one store's connections and standing
-//!    └── moves (task): copies to the keeper
+//!    ├── moves (task): copies to the keeper
+//!    └── publisher (task): encodes and puts behind the caller
 //! ```
 
 mod calls;
@@ -48,6 +49,7 @@ mod moves;
 mod node;
 mod options;
 pub mod placement;
+mod publisher;
 mod read;
 mod whole;
 
@@ -55,6 +57,7 @@ pub use cacheclip_rpc::v1::put_response::Outcome;
 pub use client::{Deleted, Located, StoreClient};
 pub use layers::{Item, LayerKv, LayerStream};
 pub use options::Options;
+pub use publisher::{OUTCOMES, Publisher};
 pub use whole::Containers;
 
 /// Why a write or delete did not happen, or a client could not be made.

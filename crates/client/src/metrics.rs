@@ -1,8 +1,9 @@
 //! Metrics of the store client: every name, label and meaning in one place.
 //!
 //! Labels: `tier` is a tier's label, and `store_disk` for what is written; `direction` is `in` (from stores) or
-//! `out`; `reason` of `SKIPPED` is one of [`SKIPS`]; `outcome` is one of [`MOVED`].
+//! `out`; `reason` of `SKIPPED` is one of [`SKIPS`]; `outcome` is one of [`OUTCOMES`].
 
+use crate::OUTCOMES;
 use cacheclip_rpc::v1::{MissReason, Tier};
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
@@ -20,8 +21,6 @@ const MOVES: &str = "cacheclip_client_moves_total";
 /// Why a chunk was not loaded: no store is live, a deadline passed, computing it was expected to be cheaper.
 /// Nothing is skipped for its cost yet.
 pub const SKIPS: [&str; 3] = ["breaker", "deadline", "cost"];
-/// What became of a chunk that should have been copied to the store that keeps it.
-pub const MOVED: [&str; 5] = ["stored", "existed", "no_room", "dropped", "failed"];
 
 /// Registers descriptions and the zero values of series that may never move.
 pub fn describe() {
@@ -49,7 +48,7 @@ pub fn describe() {
     counter!(VERIFY_FAILURES, "where" => "wire").increment(0);
     counter!(RETRIES).increment(0);
     SKIPS.iter().for_each(|&reason| counter!(SKIPPED, "reason" => reason).increment(0));
-    MOVED.iter().for_each(|&outcome| counter!(MOVES, "outcome" => outcome).increment(0));
+    OUTCOMES.iter().for_each(|&outcome| counter!(MOVES, "outcome" => outcome).increment(0));
 }
 
 /// Counts chunks whose load was given up because it took too long.

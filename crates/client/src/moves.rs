@@ -5,7 +5,8 @@
 
 use crate::fleet::Fleet;
 use crate::node::Node;
-use crate::{Options, Outcome, metrics};
+use crate::publisher::label;
+use crate::{Options, metrics};
 use cacheclip_chunk::{ChunkKey, Head, LayoutId};
 use cacheclip_rpc::v1::Tier;
 use cacheclip_service::seconds;
@@ -77,10 +78,5 @@ async fn carry(fleet: &Fleet, options: &Options, next: &Move) -> &'static str {
     if head.key() != *key || head.layout() != *layout {
         return "failed";
     }
-    match fleet.put(&keeper, &head, container, options).await {
-        Ok(Outcome::Stored) => "stored",
-        Ok(Outcome::Existed) => "existed",
-        Ok(_) => "no_room",
-        Err(_) => "failed",
-    }
+    label(&fleet.put(&keeper, &head, container, options).await)
 }

@@ -45,10 +45,7 @@ pub(crate) fn start(
             () = outbox.closed() => {}
         }
     };
-    match request_id::current() {
-        Some(id) => tokio::spawn(request_id::scope(id, reading)),
-        None => tokio::spawn(reading),
-    };
+    request_id::spawn(reading);
     Containers(inbox)
 }
 

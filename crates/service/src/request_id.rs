@@ -85,6 +85,15 @@ pub fn scope<F: Future>(id: RequestId, future: F) -> impl Future<Output = F::Out
     CURRENT.scope(id, future)
 }
 
+/// Spawns `work` as part of the current request: with its id, its trace and its span in the logs.
+pub fn spawn(work: impl Future<Output = ()> + Send + 'static) {
+    use tracing::Instrument as _;
+    match current() {
+        Some(id) => tokio::spawn(scope(id, work).in_current_span()),
+        None => tokio::spawn(work.in_current_span()),
+    };
+}
+
 /// Adds the current id and trace to a call to another service.
 pub fn outgoing<T>(mut request: tonic::Request<T>) -> tonic::Request<T> {
     let Some(current) = current() else { return request };

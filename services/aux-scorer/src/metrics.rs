@@ -9,8 +9,6 @@ const WRITES: &str = "cacheclip_scorer_writes_total";
 
 /// How a chunk's auxiliary KV was had: from RAM, from a store, from text; or neither of these.
 pub const RESULTS: [&str; 4] = ["cached", "loaded", "computed", "text_needed"];
-/// What became of a chunk that was offered to the stores.
-pub const WRITTEN: [&str; 5] = ["stored", "existed", "no_room", "dropped", "failed"];
 
 /// Registers descriptions and the zero values of series that may never move.
 pub fn describe() {
@@ -25,7 +23,9 @@ pub fn describe() {
         "Auxiliary KV offered to the stores, by outcome: stored, existed, no_room, dropped, failed"
     );
     RESULTS.iter().for_each(|&result| counter!(CHUNKS, "result" => result).increment(0));
-    WRITTEN.iter().for_each(|&outcome| counter!(WRITES, "outcome" => outcome).increment(0));
+    cacheclip_client::OUTCOMES
+        .iter()
+        .for_each(|&outcome| counter!(WRITES, "outcome" => outcome).increment(0));
 }
 
 pub(crate) fn scored(seconds: f64) {

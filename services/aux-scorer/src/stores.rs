@@ -6,23 +6,16 @@ use crate::auxiliary::Chunk;
 use crate::identity::{Digest, Identity};
 use crate::{Options, metrics};
 use cacheclip_chunk::{ChunkKey, Container};
-use cacheclip_client::{Located, Outcome, StoreClient};
+use cacheclip_client::{Located, Publisher, StoreClient};
 use cacheclip_rpc::v1::MissReason;
 use cacheclip_service::seconds;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout, timeout_at};
 
 /// Longest wait of an ingest for one chunk to be stored; then it goes on, and the chunk stays in the queue.
 const STORED: Duration = Duration::from_secs(30);
-
-struct Write {
-    digest: Digest,
-    chunk: Chunk,
-    done: Option<oneshot::Sender<()>>,
-}
 
 /// Handle to the stores. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -30,7 +23,7 @@ pub(crate) struct Stores {
     client: StoreClient,
     identity: Arc<Identity>,
     timeout: Duration,
-    queue: mpsc::Sender<Write>,
+    publisher: Publisher,
 }
 
 impl Stores {
@@ -53,19 +46,8 @@ impl Stores {
             ..Default::default()
         };
         let client = StoreClient::connect_with(&options.stores, &options.connect, patience)?;
-        let identity = Arc::new(identity);
-        let (queue, mut inbox) = mpsc::channel::<Write>(options.write_queue.max(1));
-        let (publisher, shared) = (client.clone(), Arc::clone(&identity));
-        tokio::spawn(async move {
-            while let Some(Write { digest, chunk, done }) = inbox.recv().await {
-                metrics::write(publish(&publisher, &shared, digest, chunk).await);
-                // Ingest may have been cancelled meanwhile.
-                if let Some(done) = done {
-                    let _ = done.send(());
-                }
-            }
-        });
-        Ok(Some(Self { client, identity, timeout: seconds(wait), queue }))
+        let publisher = Publisher::start(client.clone(), options.write_queue, metrics::write);
+        Ok(Some(Self { client, identity: Arc::new(identity), timeout: seconds(wait), publisher }))
     }
 
     /// What the stores have of these chunks, within the time that a request may wait for them.
@@ -114,25 +96,18 @@ impl Stores {
         located.into_iter().map(lacking).collect()
     }
 
-    /// Queues a chunk; dropped and counted when the queue is full, because a question must not wait for a store.
-    /// The chunk stays in RAM.
+    /// Queues a chunk; see [`Publisher::write_behind`].
     pub(crate) fn write_behind(&self, digest: Digest, chunk: Chunk) {
-        if self.queue.try_send(Write { digest, chunk, done: None }).is_err() {
-            metrics::write("dropped");
-        }
+        let identity = Arc::clone(&self.identity);
+        self.publisher.write_behind(self.identity.key(&digest), move || identity.encode(&digest, &chunk));
     }
 
     /// Publishes chunks and waits until the stores have answered, or do not.
     pub(crate) async fn write(&self, chunks: Vec<(Digest, Chunk)>) {
         for (digest, chunk) in chunks {
-            let (done, answered) = oneshot::channel();
-            let write = Write { digest, chunk, done: Some(done) };
-            let writing = async {
-                if self.queue.send(write).await.is_ok() {
-                    // An error means that the task ended with the process.
-                    let _ = answered.await;
-                }
-            };
+            let identity = Arc::clone(&self.identity);
+            let writing =
+                self.publisher.write(self.identity.key(&digest), move || identity.encode(&digest, &chunk));
             if timeout(STORED, writing).await.is_err() {
                 tracing::warn!("stores are slow: auxiliary KV is stored behind its ingest");
             }
@@ -166,34 +141,4 @@ fn decode(identity: &Identity, containers: Vec<(Digest, Container)>) -> HashMap<
         }
     }
     chunks
-}
-
-async fn publish(
-    client: &StoreClient,
-    identity: &Arc<Identity>,
-    digest: Digest,
-    chunk: Chunk,
-) -> &'static str {
-    let identity = Arc::clone(identity);
-    let encoded = tokio::task::spawn_blocking(move || identity.encode(&digest, &chunk)).await;
-    let container = match encoded {
-        Ok(Ok(container)) => container,
-        Ok(Err(error)) => {
-            tracing::error!(%error, "auxiliary KV could not be encoded");
-            return "failed";
-        }
-        Err(error) => {
-            tracing::error!(%error, "encoding panicked");
-            return "failed";
-        }
-    };
-    match client.put(container).await {
-        Ok(Outcome::Stored) => "stored",
-        Ok(Outcome::Existed) => "existed",
-        Ok(_) => "no_room",
-        Err(error) => {
-            tracing::warn!(%error, "auxiliary KV was not stored");
-            "failed"
-        }
-    }
 }

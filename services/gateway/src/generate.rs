@@ -5,7 +5,7 @@
 //! the next best one, unseen by the caller; after that, its failure is the caller's.
 
 use crate::metrics;
-use crate::peers::Peer;
+use crate::peers::{Peer, wanted};
 use crate::request::Generation;
 use crate::scorer::{Question, Scored, Scorers};
 use crate::sections::Prompt;
@@ -15,7 +15,6 @@ use cacheclip_rpc::status::unavailable;
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::worker_request::Request as Part;
 use cacheclip_service::request_id;
-use cacheclip_service::residency::short;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use std::sync::Arc;
@@ -79,7 +78,7 @@ impl Relay {
         events: &Events,
     ) -> Result<(), Status> {
         let (received, reusable) = (request.received, prompt.reusable);
-        let wanted = wanted(&prompt.sections);
+        let wanted = wanted(prompt.sections.chunks.iter().chain(&prompt.sections.prefix));
         let scored = match question(request, prompt.chunks) {
             Some(question) => {
                 let scorer = self.scorers.clone();
@@ -136,18 +135,21 @@ impl Relay {
             drop(to_worker);
         };
         let relay = self.relay(worker, requests, events, progress);
-        tokio::pin!(feed, relay);
-        let lost = || {
-            unavailable(format_args!("the worker {} fell silent; send the request again", worker.endpoint()))
+        let work = async {
+            tokio::pin!(feed, relay);
+            tokio::select! {
+                biased;
+                finished = &mut relay => finished,
+                () = &mut feed => relay.await,
+            }
         };
         tokio::select! {
             biased;
-            finished = &mut relay => finished,
-            () = worker.lost() => Err(lost()),
-            () = &mut feed => tokio::select! {
-                finished = relay => finished,
-                () = worker.lost() => Err(lost()),
-            },
+            finished = work => finished,
+            () = worker.lost() => Err(unavailable(format_args!(
+                "the worker {} fell silent; send the request again",
+                worker.endpoint()
+            ))),
         }
     }
 
@@ -179,13 +181,6 @@ impl Relay {
             }
         }
     }
-}
-
-/// Short keys and tokens of everything that may be resident somewhere.
-fn wanted(sections: &v1::Sections) -> Vec<(u64, u32)> {
-    let all = sections.chunks.iter().chain(&sections.prefix);
-    all.filter_map(|section| Some((short(section.key.as_ref().try_into().ok()?), section.ids.len() as u32)))
-        .collect()
 }
 
 /// A caller that is gone is noticed by [`Relay::run`], which drops everything.

@@ -7,13 +7,12 @@ use crate::sections::Sections;
 use crate::{blocking, metrics};
 use cacheclip_plan::Policy;
 use cacheclip_rpc::v1;
-use cacheclip_service::request_id::{self, RequestId};
+use cacheclip_service::request_id;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::Instrument as _;
 
 /// Events that may wait for a slow caller.
 const EVENTS: usize = 32;
@@ -55,7 +54,7 @@ impl v1::gateway_server::Gateway for Service {
         let tenant = tenant(request.metadata(), &self.0.tenant_header)?;
         let (progress, stream) = mpsc::channel(EVENTS);
         let shared = Arc::clone(&self.0);
-        spawn(async move { shared.ingest.run(tenant, request.into_inner(), progress).await });
+        request_id::spawn(async move { shared.ingest.run(tenant, request.into_inner(), progress).await });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
@@ -108,13 +107,7 @@ impl Shared {
         let started = v1::Started { request_id: id, model };
         generate::send(&events, v1::generate_event::Event::Started(started)).await;
         let shared = Arc::clone(self);
-        spawn(async move { shared.relay.run(request, prompt, tokenize, events).await });
+        request_id::spawn(async move { shared.relay.run(request, prompt, tokenize, events).await });
         Ok(ReceiverStream::new(stream))
     }
-}
-
-/// Runs `work` as part of the current request. It ends by itself when its receiver is dropped.
-fn spawn(work: impl Future<Output = ()> + Send + 'static) {
-    let id = request_id::current().unwrap_or_else(RequestId::random);
-    tokio::spawn(request_id::scope(id, work).in_current_span());
 }

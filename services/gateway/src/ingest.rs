@@ -1,6 +1,7 @@
 //! Ingest: documents' chunks are computed ahead of need, in bounded batches, by worker and scorer side by side.
 
 use crate::metrics;
+use crate::peers::wanted;
 use crate::request::{check_chunks, check_model, check_name};
 use crate::scorer::{Asked, Scorers};
 use crate::sections::{Chunk, Sections, keyed};
@@ -9,7 +10,6 @@ use cacheclip_rpc::convert::id_bytes;
 use cacheclip_rpc::status::{invalid, retry_after, unavailable};
 use cacheclip_rpc::v1;
 use cacheclip_service::request_id;
-use cacheclip_service::residency::short;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -129,11 +129,7 @@ impl Ingest {
 
     /// Ingest is the one caller that can wait: where all workers are busy with questions, it comes back later.
     async fn precompute(&self, request: v1::PrecomputeRequest) -> Result<v1::PrecomputeResponse, Status> {
-        let wanted: Vec<(u64, u32)> = request
-            .chunks
-            .iter()
-            .filter_map(|chunk| Some((short(chunk.key.as_ref().try_into().ok()?), chunk.ids.len() as u32)))
-            .collect();
+        let wanted = wanted(&request.chunks);
         let (mut attempt, mut tried) = (1, Vec::new());
         loop {
             let Some(worker) = self.workers.choose(&wanted, &tried) else {

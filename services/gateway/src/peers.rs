@@ -3,7 +3,8 @@
 //! Everything known about a peer is a hint with a lease. Two gateways that hear the same announcements choose
 //! alike without knowing of each other; one that hears nothing still has peers to try.
 
-use cacheclip_rpc::v1::Residency;
+use cacheclip_rpc::v1::{Residency, TokenSection};
+use cacheclip_service::residency::short;
 use cacheclip_service::{ConnectOptions, connect, resolve, seconds};
 use futures::future::BoxFuture;
 use parking_lot::RwLock;
@@ -117,6 +118,14 @@ impl Peer {
     }
 }
 
+/// Short keys and tokens of sections that may be resident somewhere: what a peer is chosen by.
+pub(crate) fn wanted<'a>(sections: impl IntoIterator<Item = &'a TokenSection>) -> Vec<(u64, u32)> {
+    let one = |section: &TokenSection| {
+        Some((short(section.key.as_ref().try_into().ok()?), section.ids.len() as u32))
+    };
+    sections.into_iter().filter_map(one).collect()
+}
+
 /// Best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Standing {
@@ -184,6 +193,8 @@ impl Peers {
 
     /// The best peer for sections of `wanted` (short key and tokens), leaving out those already tried.
     pub(crate) fn choose(&self, wanted: &[(u64, u32)], tried: &[String]) -> Option<Chosen> {
+        let (known, live) = self.count();
+        crate::metrics::peers(self.0.what, known, live);
         let peers = self.0.peers.read();
         let open = peers.iter().filter(|peer| !tried.iter().any(|tried| tried == peer.endpoint()));
         let best = open
@@ -196,7 +207,7 @@ impl Peers {
     }
 
     /// How many there are, and how many of them are live.
-    pub(crate) fn count(&self) -> (usize, usize) {
+    fn count(&self) -> (usize, usize) {
         let peers = self.0.peers.read();
         (peers.len(), peers.iter().filter(|peer| peer.standing() == Standing::Live).count())
     }

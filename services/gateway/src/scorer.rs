@@ -140,8 +140,6 @@ impl Scorers {
         let Some(peers) = &self.peers else {
             return Err(Missing { label: "not_configured", why: "no scorer is configured".into() });
         };
-        let (all, live) = peers.count();
-        metrics::peers("scorer", all, live);
         let wanted: Vec<(u64, u32)> =
             chunks.iter().map(|chunk| (short(&chunk.digest), chunk.text.len() as u32)).collect();
         Ok(peers.choose(&wanted, tried).map(|scorer| {

@@ -95,8 +95,6 @@ impl Workers {
 
     /// The best worker for these sections (short key and tokens), leaving out those already tried.
     pub(crate) fn choose(&self, wanted: &[(u64, u32)], tried: &[String]) -> Option<Chosen> {
-        let (all, live) = self.peers.count();
-        crate::metrics::peers("worker", all, live);
         self.peers.choose(wanted, tried)
     }
 

@@ -10,7 +10,7 @@ use cacheclip_plan::{Policy, Rung, Scored, choose_rung};
 use cacheclip_rpc::status::{exhausted, invalid, unavailable};
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::worker_request::Request as Part;
-use cacheclip_service::request_id::{self, RequestId};
+use cacheclip_service::request_id;
 use cacheclip_service::residency::{Announcer, Load};
 use quick_cache::sync::Cache;
 use std::sync::Arc;
@@ -19,7 +19,6 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
-use tracing::Instrument as _;
 
 /// Scored spans per chunk, as kept for the next time the same question meets the same chunks.
 type Set = Arc<Vec<Vec<Scored>>>;
@@ -78,9 +77,7 @@ impl v1::worker_server::Worker for Service {
                 let _ = events.send(Err(status)).await;
             }
         };
-        // Spawned work stands outside of the request: it takes the request's id and span along.
-        let id = request_id::current().unwrap_or_else(RequestId::random);
-        tokio::spawn(request_id::scope(id, work).in_current_span());
+        request_id::spawn(work);
         Ok(tonic::Response::new(ReceiverStream::new(stream)))
     }
 

@@ -64,9 +64,9 @@ pub fn describe() {
     }
     lookups()
         .for_each(|(result, reason)| counter!(LOOKUPS, "result" => result, "reason" => reason).increment(0));
-    for outcome in ["stored", "existed", "no_room", "dropped", "failed"] {
-        counter!(WRITES, "outcome" => outcome).increment(0);
-    }
+    cacheclip_client::OUTCOMES
+        .iter()
+        .for_each(|&outcome| counter!(WRITES, "outcome" => outcome).increment(0));
 }
 
 pub(crate) fn request(policy: &'static str, rung: String) {

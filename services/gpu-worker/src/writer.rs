@@ -5,83 +5,35 @@ use crate::layout::Layout;
 use crate::metrics;
 use bytes::Bytes;
 use cacheclip_chunk::{ByteSpan, ChunkKey, Codec, Parts, Rank, encode};
-use cacheclip_client::StoreClient;
+use cacheclip_client::{Publisher, StoreClient};
 use cacheclip_model::layout::to_bytes;
-use cacheclip_rpc::v1::put_response::Outcome;
 use std::sync::Arc;
-use tokio::sync::{mpsc, oneshot};
-
-struct Write {
-    key: ChunkKey,
-    spans: Vec<ByteSpan>,
-    canonical: Canonical,
-    done: Option<oneshot::Sender<()>>,
-}
 
 /// Handle to the writing task. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Writer {
-    queue: mpsc::Sender<Write>,
+    publisher: Publisher,
+    layout: Arc<Layout>,
 }
 
 impl Writer {
     /// Starts the task; at most `queue` chunks wait.
     pub(crate) fn start(stores: StoreClient, layout: Arc<Layout>, queue: usize) -> Self {
-        let (sender, mut inbox) = mpsc::channel::<Write>(queue.max(1));
-        tokio::spawn(async move {
-            while let Some(write) = inbox.recv().await {
-                let done = publish(&stores, &layout, write).await;
-                if let Some(done) = done {
-                    // Ingest may have been cancelled meanwhile.
-                    let _ = done.send(());
-                }
-            }
-        });
-        Self { queue: sender }
+        Self { publisher: Publisher::start(stores, queue, metrics::write), layout }
     }
 
-    /// Queues a chunk; dropped and counted when the queue is full, because a request must not wait for a
-    /// store. The chunk stays in RAM and is offered again when it is next computed.
+    /// Queues a chunk; see [`Publisher::write_behind`]. One that was dropped is offered again when it is next
+    /// computed.
     pub(crate) fn write_behind(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
-        if self.queue.try_send(Write { key, spans, canonical, done: None }).is_err() {
-            metrics::write("dropped");
-        }
+        let layout = Arc::clone(&self.layout);
+        self.publisher.write_behind(key, move || container(&layout, key, &spans, &canonical));
     }
 
     /// Publishes a chunk and waits until the store has answered.
     pub(crate) async fn write(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
-        let (done, answered) = oneshot::channel();
-        if self.queue.send(Write { key, spans, canonical, done: Some(done) }).await.is_ok() {
-            // An error means the task ended with the process.
-            let _ = answered.await;
-        }
+        let layout = Arc::clone(&self.layout);
+        self.publisher.write(key, move || container(&layout, key, &spans, &canonical)).await;
     }
-}
-
-async fn publish(stores: &StoreClient, layout: &Arc<Layout>, write: Write) -> Option<oneshot::Sender<()>> {
-    let Write { key, spans, canonical, done } = write;
-    let layout = Arc::clone(layout);
-    let encoded = tokio::task::spawn_blocking(move || container(&layout, key, &spans, &canonical)).await;
-    match encoded {
-        Ok(Ok(container)) => match stores.put(container).await {
-            Ok(Outcome::Stored) => metrics::write("stored"),
-            Ok(Outcome::Existed) => metrics::write("existed"),
-            Ok(_) => metrics::write("no_room"),
-            Err(error) => {
-                metrics::write("failed");
-                tracing::warn!(%key, %error, "chunk was not stored");
-            }
-        },
-        Ok(Err(error)) => {
-            metrics::write("failed");
-            tracing::error!(%key, %error, "chunk could not be encoded");
-        }
-        Err(error) => {
-            metrics::write("failed");
-            tracing::error!(%key, %error, "encoding panicked");
-        }
-    }
-    done
 }
 
 fn container(

@@ -90,6 +90,14 @@ impl Fake {
         self.state().held = keys.iter().map(short).collect();
     }
 
+    fn announce(&self) -> ReceiverStream<Result<v1::Residency, Status>> {
+        let state = Arc::clone(&self.state);
+        self.announcer.stream(move || residency::Load {
+            held: state.lock().expect("no poison").held.clone(),
+            ..Default::default()
+        })
+    }
+
     fn saw_request(&self) {
         let id = request_id::current().map(|id| id.to_string()).unwrap_or_default();
         self.state().request_ids.push(id);
@@ -211,12 +219,7 @@ impl Worker for Fake {
     type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let state = Arc::clone(&self.state);
-        let load = move || residency::Load {
-            held: state.lock().expect("no poison").held.clone(),
-            ..Default::default()
-        };
-        Ok(Response::new(self.announcer.stream(load)))
+        Ok(Response::new(self.announce()))
     }
 }
 
@@ -255,12 +258,7 @@ impl Scorer for Fake {
     type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let state = Arc::clone(&self.state);
-        let load = move || residency::Load {
-            held: state.lock().expect("no poison").held.clone(),
-            ..Default::default()
-        };
-        Ok(Response::new(self.announcer.stream(load)))
+        Ok(Response::new(self.announce()))
     }
 }
 
