@@ -22,10 +22,10 @@ pub fn exhausted(what: impl Display, retry_after: Duration) -> Status {
     Status::with_error_details(Code::ResourceExhausted, what.to_string(), details)
 }
 
-/// FAILED_PRECONDITION: the two sides speak of KV that cannot be exchanged.
-pub fn layout_mismatch(ours: impl Display, theirs: impl Display) -> Status {
+/// FAILED_PRECONDITION: the two sides speak of KV that cannot be exchanged, because of `field`.
+pub fn mismatch(field: &str, ours: impl Display, theirs: impl Display) -> Status {
     Status::failed_precondition(format!(
-        "layout: this service has {ours} and the request names {theirs}; ask it to describe itself again"
+        "{field}: this service has {ours} and the request names {theirs}; ask it to describe itself again"
     ))
 }
 

@@ -89,6 +89,9 @@ impl Relay {
         let mut tried = Vec::new();
         let mut last = unavailable("no worker was found; send the request again");
         while let Some(worker) = self.workers.choose(&wanted, &tried) {
+            if !tried.is_empty() {
+                metrics::restarted();
+            }
             let mut progress = Progress { received, answered: false };
             let attempt = self.attempt(&worker, &prompt.sections, scored.clone(), events, &mut progress);
             let failed = match attempt.await {
@@ -107,7 +110,6 @@ impl Relay {
             }
             tried.push(worker.endpoint().to_owned());
             tracing::warn!(worker = worker.endpoint(), status = %failed, "worker failed before its first token");
-            metrics::restarted();
             last = failed;
         }
         Err(last)

@@ -120,6 +120,7 @@ impl Ingest {
         let asked: Vec<Asked> = batch.iter().map(|chunk| chunk.asked.clone()).collect();
         let request = v1::PrecomputeRequest {
             layout: id_bytes(described.layout_id.as_bytes()),
+            anchor: id_bytes(described.anchor.as_bytes()),
             chunks: batch.iter().map(|chunk| keyed(&chunk.key, &chunk.section)).collect(),
         };
         let (reply, ()) = tokio::join!(self.precompute(request), self.scorers.prepare(&asked, self.limit));

@@ -149,6 +149,7 @@ impl Sections {
         lengths.check(most)?;
         let sections = v1::Sections {
             layout: id_bytes(described.layout_id.as_bytes()),
+            anchor: id_bytes(described.anchor.as_bytes()),
             prefix: Some(keyed(&prefix_key, &prefix)),
             chunks: chunks.iter().map(|chunk| keyed(&chunk.key, &chunk.section)).collect(),
             question: Some(v1::TokenSection {

@@ -1,7 +1,7 @@
 //! The `Worker` service: loads beside scoring, plans, hands over to the engine, streams what comes out.
 
 use crate::engine::{self, Engine, Event, Generation, Outcome, Placed};
-use crate::layout::Layout;
+use crate::layout::{Anchor, Layout};
 use crate::loader::{self, Found, Loader};
 use crate::metrics;
 use crate::report;
@@ -34,7 +34,7 @@ pub(crate) struct Shared {
     pub(crate) engine: Engine,
     pub(crate) loader: Loader,
     pub(crate) layout: Arc<Layout>,
-    pub(crate) anchor: Arc<[u32]>,
+    pub(crate) anchor: Anchor,
     pub(crate) limits: Limits,
     pub(crate) model: String,
     pub(crate) tokenizer_digest: [u8; 32],
@@ -85,7 +85,8 @@ impl v1::worker_server::Worker for Service {
         &self,
         request: tonic::Request<v1::PrecomputeRequest>,
     ) -> Result<tonic::Response<v1::PrecomputeResponse>, Status> {
-        let wanted = request::chunks(request.into_inner(), &self.0.layout, &self.0.limits)?;
+        let Shared { layout, anchor, limits, .. } = &*self.0;
+        let wanted = request::chunks(request.into_inner(), layout, anchor, limits)?;
         let computed = self.0.loader.precompute(&wanted).await.map_err(to_status)?;
         Ok(tonic::Response::new(v1::PrecomputeResponse { computed }))
     }
@@ -99,7 +100,7 @@ impl v1::worker_server::Worker for Service {
             model: shared.model.clone(),
             layout: Some(shared.layout.to_proto()),
             tokenizer: cacheclip_rpc::convert::id_bytes(&shared.tokenizer_digest),
-            anchor: shared.anchor.to_vec(),
+            anchor: shared.anchor.ids.to_vec(),
             max_tokens: shared.limits.max_tokens as u32,
             policies: Policy::NAMES.map(str::to_owned).to_vec(),
         }))

@@ -1,6 +1,7 @@
 //! The identity of this worker's KV.
 
-use cacheclip_chunk::{LayoutId, LayoutSpec};
+use cacheclip_chunk::{AnchorId, LayoutId, LayoutSpec};
+use std::sync::Arc;
 
 /// A layout with its id.
 #[derive(Clone, Debug)]
@@ -9,6 +10,22 @@ pub(crate) struct Layout {
     pub spec: LayoutSpec,
     /// The id.
     pub id: LayoutId,
+}
+
+/// What this worker encodes chunks behind.
+#[derive(Clone, Debug)]
+pub(crate) struct Anchor {
+    /// `[bos] + anchor`.
+    pub ids: Arc<[u32]>,
+    /// What chunk keys have of it.
+    pub id: AnchorId,
+}
+
+impl Anchor {
+    /// The anchor of these token ids under a layout.
+    pub(crate) fn new(layout: &Layout, ids: Vec<u32>) -> Self {
+        Self { id: AnchorId::new(&layout.id, &ids), ids: ids.into() }
+    }
 }
 
 impl Layout {

@@ -29,7 +29,7 @@ use cacheclip_service::residency::Announcer;
 use cacheclip_service::{Running, Server, seconds};
 use engine::Engine;
 use grpc::{Service, Shared};
-use layout::Layout;
+use layout::{Anchor, Layout};
 use loader::Loader;
 use quick_cache::sync::Cache;
 use ram::Ram;
@@ -63,8 +63,8 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let config = loaded.decoder.config().clone();
     let tokenizer_digest = composer.tokenizer().digest();
     let layout = Arc::new(Layout::new(spec(&config, loaded.weights_digest, tokenizer_digest)));
-    let anchor: Arc<[u32]> = composer.anchor()?.into();
-    let limits = Limits::new(config.vocab, config.max_positions, anchor.len(), &options);
+    let anchor = Anchor::new(&layout, composer.anchor()?);
+    let limits = Limits::new(config.vocab, config.max_positions, anchor.ids.len(), &options);
     let pages = pages_within(options.page_bytes, &config);
     anyhow::ensure!(pages > 0, "page_bytes: {} holds no page of this model", options.page_bytes);
     let engine = Engine::start(
@@ -86,7 +86,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         engine.clone(),
         writer,
         Arc::clone(&layout),
-        Arc::clone(&anchor),
+        Arc::clone(&anchor.ids),
         seconds(options.load_timeout_seconds),
     );
     tracing::info!(model = options.model, layout = %layout.id, pages, "worker ready");

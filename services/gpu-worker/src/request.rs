@@ -1,13 +1,13 @@
 //! From the protocol's sections to what the worker works on: parsed once, checked by field.
 
-use crate::layout::Layout;
+use crate::layout::{Anchor, Layout};
 use crate::loader::Wanted;
 use crate::options::Options;
-use cacheclip_chunk::{ByteSpan, LayoutId};
+use cacheclip_chunk::{AnchorId, ByteSpan, LayoutId};
 use cacheclip_model::sample;
 use cacheclip_plan::{Assembly, Policy, Scored};
 use cacheclip_rpc::convert;
-use cacheclip_rpc::status::{invalid, layout_mismatch};
+use cacheclip_rpc::status::{invalid, mismatch};
 use cacheclip_rpc::v1;
 use tonic::Status;
 
@@ -60,10 +60,10 @@ impl Request {
     pub(crate) fn parse(
         sections: v1::Sections,
         layout: &Layout,
-        anchor: &[u32],
+        anchor: &Anchor,
         limits: &Limits,
     ) -> Result<Self, Status> {
-        check_layout(&sections.layout, layout)?;
+        check_identity(&sections.layout, &sections.anchor, layout, anchor)?;
         let prefix = section("prefix", sections.prefix.unwrap_or_default(), limits, false)?;
         let mut wanted = vec![prefix];
         for (index, chunk) in sections.chunks.into_iter().enumerate() {
@@ -81,7 +81,7 @@ impl Request {
             asked => asked as usize,
         };
         let lengths: Vec<usize> = wanted[1..].iter().map(|want| want.ids.len()).collect();
-        let anchored = wanted[0].ids == anchor;
+        let anchored = wanted[0].ids[..] == anchor.ids[..];
         let assembly = Assembly::new(wanted[0].ids.len(), &lengths, question.len(), anchored);
         if assembly.total() + max_tokens > limits.max_tokens {
             let why = format!(
@@ -132,9 +132,10 @@ impl Request {
 pub(crate) fn chunks(
     request: v1::PrecomputeRequest,
     layout: &Layout,
+    anchor: &Anchor,
     limits: &Limits,
 ) -> Result<Vec<Wanted>, Status> {
-    check_layout(&request.layout, layout)?;
+    check_identity(&request.layout, &request.anchor, layout, anchor)?;
     let check = |(index, chunk)| section(&format!("chunks[{index}]"), chunk, limits, true);
     request.chunks.into_iter().enumerate().map(check).collect()
 }
@@ -152,9 +153,22 @@ pub(crate) fn scored(sets: Vec<v1::ImportanceSet>, chunks: usize) -> Vec<Vec<Sco
     scored
 }
 
-fn check_layout(bytes: &[u8], layout: &Layout) -> Result<(), Status> {
-    let theirs: LayoutId = convert::id("layout", bytes)?;
-    if theirs == layout.id { Ok(()) } else { Err(layout_mismatch(layout.id, theirs)) }
+/// Keys of another layout or anchor name KV that this worker neither has nor can make.
+fn check_identity(
+    layout: &[u8],
+    anchor: &[u8],
+    our_layout: &Layout,
+    our_anchor: &Anchor,
+) -> Result<(), Status> {
+    let layout: LayoutId = convert::id("layout", layout)?;
+    if layout != our_layout.id {
+        return Err(mismatch("layout", our_layout.id, layout));
+    }
+    let anchor: AnchorId = convert::id("anchor", anchor)?;
+    if anchor != our_anchor.id {
+        return Err(mismatch("anchor (prompt.json)", our_anchor.id, anchor));
+    }
+    Ok(())
 }
 
 fn section(
