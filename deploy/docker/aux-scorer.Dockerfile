@@ -22,7 +22,7 @@ COPY tests/src tests/src
 # because a cache is not part of the layer.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked -p cacheclip-aux-scorer --bin cacheclip-aux-scorer \
+    cargo build --release --locked -p cacheclip-aux-scorer --bin cacheclip-aux-scorer --features otlp \
     && install -D -s target/release/cacheclip-aux-scorer /out/cacheclip-aux-scorer
 
 FROM ${RUNTIME_IMAGE}

@@ -22,7 +22,7 @@ COPY tests/src tests/src
 # because a cache is not part of the layer.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked -p cacheclip-cache-store --bin cacheclip-cache-store \
+    cargo build --release --locked -p cacheclip-cache-store --bin cacheclip-cache-store --features otlp \
     && install -D -s target/release/cacheclip-cache-store /out/cacheclip-cache-store
 
 FROM ${RUNTIME_IMAGE}

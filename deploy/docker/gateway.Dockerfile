@@ -22,7 +22,7 @@ COPY tests/src tests/src
 # because a cache is not part of the layer.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked -p cacheclip-gateway --bin cacheclip-gateway \
+    cargo build --release --locked -p cacheclip-gateway --bin cacheclip-gateway --features otlp \
     && install -D -s target/release/cacheclip-gateway /out/cacheclip-gateway
 
 FROM ${RUNTIME_IMAGE}

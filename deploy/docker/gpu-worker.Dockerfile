@@ -39,7 +39,7 @@ ARG FEATURES=""
 # because a cache is not part of the layer.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked -p cacheclip-gpu-worker --bin cacheclip-gpu-worker --features "${FEATURES}" \
+    cargo build --release --locked -p cacheclip-gpu-worker --bin cacheclip-gpu-worker --features "otlp,${FEATURES}" \
     && install -D -s target/release/cacheclip-gpu-worker /out/cacheclip-gpu-worker
 
 FROM ${CUDA_IMAGE}

@@ -158,6 +158,7 @@ OTHERS = {
     "egressTo": [{"ipBlock": {"cidr": "198.51.100.0/24"}}], "gatewayFrom": [{"ipBlock": {"cidr": "198.51.100.0/24"}}],
     "metricsFrom": [{"ipBlock": {"cidr": "198.51.100.0/24"}}], "dnsTo": [{"ipBlock": {"cidr": "198.51.100.0/24"}}],
     "digest": "sha256:" + "1" * 64, "value": "cd" * 32, "base": "https://other.example.com", "path": "/other",
+    "endpoint": "http://other:4318",
     "accessModes": ["ReadWriteOncePod"], "interval": "31s", "scrapeTimeout": "26s", "size": "21Gi",
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import warnings
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from grpc_tools import protoc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fleet import EXAMPLE, ROOT, Fleet  # noqa: E402
+from fleet import EXAMPLE, ROOT, Fleet, LocalFleet  # noqa: E402
 
 # Everything here talks over loopback, whatever proxy the environment names; child processes inherit this.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"
@@ -40,5 +41,19 @@ sys.path.insert(0, str(EXAMPLE))
 def fleet(tmp_path_factory):
     """An embedded fleet with a store of its own for the tests of one file."""
     with Fleet(tmp_path_factory.mktemp("fleet")) as running:
+        yield running
+        assert running.terminate() == 0, running.output()
+
+
+@pytest.fixture(scope="module")
+def local_fleet(tmp_path_factory):
+    """A fleet of real processes, as the local script starts them; the embedded one where that cannot run."""
+    directory = tmp_path_factory.mktemp("local-fleet")
+    if lacks := LocalFleet.lacks():
+        warnings.warn(f"against the embedded fleet and not real processes: {lacks}", stacklevel=1)
+        start = Fleet
+    else:
+        start = LocalFleet
+    with start(directory) as running:
         yield running
         assert running.terminate() == 0, running.output()

@@ -1,4 +1,4 @@
-"""The retrieval service of examples/ before a real fleet: found, asked, streamed, and told why not."""
+"""The retrieval service of examples/ before the local fleet of real processes: found, asked, streamed, told why not."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ import subprocess
 import grpc
 import pytest
 from cacheclip.v1 import gateway_pb2, gateway_pb2_grpc
-from fleet import CALL_SECONDS, EXAMPLE, Fleet, Service, free_port, health, retrieval, until
+from fleet import CALL_SECONDS, EXAMPLE, Fleet, LocalFleet, Service, free_port, health, retrieval, until
 from retrieval.v1 import retrieval_pb2, retrieval_pb2_grpc
 from retrieval_service import corpus
 
@@ -28,6 +28,11 @@ def kept(name: str) -> str:
 
 def named(depth: int) -> list[str]:
     return [name for name in SAID if links(name) == depth]
+
+
+@pytest.fixture(scope="module")
+def fleet(local_fleet):
+    return local_fleet
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,23 @@ def test_the_first_question_already_finds_its_reports_computed(stub):
     _, answered = ask(stub, "what does Casrin keep?")
     assert len(answered.sources) >= 2 and all(source.cached for source in answered.sources)
     assert answered.usage.cached_tokens > answered.usage.prompt_tokens / 2, answered.usage
+
+
+def test_every_process_of_the_fleet_has_its_part(stub, fleet):
+    """The control of where all this runs: what was asked so far has gone through real processes."""
+    if not isinstance(fleet, LocalFleet):
+        pytest.skip(f"the fleet is embedded: {LocalFleet.lacks()}")
+    ask(stub, "what does Haldan keep?")
+    # KV of two models for every report, spread over both stores by its key; all known to the one index.
+    stores = ("store-0", "store-1")
+    objects = lambda: [fleet.metric(store, "cacheclip_store_objects") for store in stores]  # noqa: E731
+    # The scorer writes behind its answers.
+    until(lambda: all(objects()) and sum(objects()) >= 2 * len(REPORTS), "all is stored", CALL_SECONDS, fleet)
+    assert [fleet.metric(store, "cacheclip_index_up") for store in stores] == [1, 1]
+    assert fleet.metric("gateway", "cacheclip_gateway_ttft_seconds_count") >= 1
+    assert fleet.metric("scorer", "cacheclip_scorer_latency_seconds_count") >= 1
+    answered = [fleet.metric(worker, "cacheclip_chunk_lookups_total") for worker in ("worker-1", "worker-2")]
+    assert sum(answered) >= 1, answered
 
 
 # One question of each kind, in words of its own.

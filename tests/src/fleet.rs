@@ -1,6 +1,6 @@
 //! A fleet of real processes: one gateway, two cache-stores, one scorer, two workers, a redis-server.
 
-use crate::process::{Process, free_port};
+use crate::process::{Process, Program, free_port};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tempfile::TempDir;
@@ -12,14 +12,15 @@ pub struct Fleet {
     pub gateway: Process,
     /// Two workers with next to no RAM tier, so that every request reads from the stores.
     pub workers: Vec<Process>,
-    /// The one scorer.
-    pub scorer: Process,
+    /// One scorer, or as many as the shape says.
+    pub scorers: Vec<Process>,
     /// Two stores.
     pub stores: Vec<Process>,
     /// The stores' index.
     pub redis: Process,
     /// Data and logs.
     pub dir: TempDir,
+    shape: Shape,
 }
 
 /// How a fleet differs from the default one.
@@ -29,11 +30,15 @@ pub struct Shape {
     pub worker_ram: u64,
     /// Workers to start.
     pub workers: usize,
+    /// Scorers to start.
+    pub scorers: usize,
+    /// How long gateways wait for importance sets.
+    pub score_timeout_seconds: f64,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { worker_ram: 1, workers: 2 }
+        Self { worker_ram: 1, workers: 2, scorers: 1, score_timeout_seconds: 2.0 }
     }
 }
 
@@ -73,27 +78,28 @@ impl Fleet {
             })
             .collect();
         let at_stores = format!("stores={}", endpoints(&stores));
-        let mut scorer =
-            Process::service("cacheclip-aux-scorer", dir.path(), std::slice::from_ref(&at_stores));
+        let mut scorers: Vec<Process> = (0..shape.scorers)
+            .map(|_| Process::service("cacheclip-aux-scorer", dir.path(), std::slice::from_ref(&at_stores)))
+            .collect();
         let ram = format!("ram_bytes={}", shape.worker_ram);
         let settings = [at_stores, ram];
         let mut workers: Vec<Process> = (0..shape.workers)
             .map(|_| Process::service("cacheclip-gpu-worker", dir.path(), &settings))
             .collect();
-        let mut gateway = start_gateway(&dir, &workers, &scorer);
-        let all = stores.iter_mut().chain(&mut workers).chain([&mut scorer, &mut gateway]);
+        let mut gateway = start_gateway(&dir, &shape, &workers, &scorers);
+        let all = stores.iter_mut().chain(&mut workers).chain(&mut scorers).chain([&mut gateway]);
         for process in all {
             process.ready().await;
         }
-        Some(Self { gateway, workers, scorer, stores, redis, dir })
+        Some(Self { gateway, workers, scorers, stores, redis, dir, shape })
     }
 
-    /// One more gateway in front of the same workers and scorer, ready.
+    /// One more gateway in front of the same workers and scorers, ready.
     ///
     /// # Panics
     /// When it does not start.
     pub async fn another_gateway(&self) -> Process {
-        let mut gateway = start_gateway(&self.dir, &self.workers, &self.scorer);
+        let mut gateway = start_gateway(&self.dir, &self.shape, &self.workers, &self.scorers);
         gateway.ready().await;
         gateway
     }
@@ -105,10 +111,11 @@ fn endpoints(of: &[Process]) -> String {
     format!("[{}]", all.join(","))
 }
 
-fn start_gateway(dir: &TempDir, workers: &[Process], scorer: &Process) -> Process {
+fn start_gateway(dir: &TempDir, shape: &Shape, workers: &[Process], scorers: &[Process]) -> Process {
     let settings = [
         format!("workers={}", endpoints(workers)),
-        format!("scorers={}", endpoints(std::slice::from_ref(scorer))),
+        format!("scorers={}", endpoints(scorers)),
+        format!("score_timeout_seconds={:?}", shape.score_timeout_seconds),
     ];
     Process::service("cacheclip-gateway", dir.path(), &settings)
 }
@@ -123,5 +130,5 @@ fn start_redis(program: PathBuf, dir: &TempDir) -> Process {
         ["--dir", &dir.path().display().to_string()],
     ];
     let arguments = arguments.iter().flatten().map(ToString::to_string).collect();
-    Process::start("redis-server", program, arguments, dir.path(), address, address)
+    Process::start("redis-server", Program::new(program, arguments), dir.path(), address, address)
 }

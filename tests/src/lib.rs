@@ -4,20 +4,29 @@ pub mod ask;
 pub mod fleet;
 pub mod process;
 
-use std::future::Future;
 use std::time::{Duration, Instant};
 
 /// No test waits longer than this for anything that should come about.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How often a condition is looked at.
+const POLL: Duration = Duration::from_millis(20);
 
-/// Waits until `what` is true, looking often.
+/// Whether a condition comes about within [`PATIENCE`], for those who have more to say than its name when it does not.
+pub async fn comes_about(mut holds: impl AsyncFnMut() -> bool) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds().await {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    true
+}
+
+/// Waits for a condition.
 ///
 /// # Panics
 /// When it does not come about in [`PATIENCE`].
-pub async fn until<F: Future<Output = bool>>(what: &str, mut test: impl FnMut() -> F) {
-    let deadline = Instant::now() + PATIENCE;
-    while !test().await {
-        assert!(Instant::now() < deadline, "not in time: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+pub async fn until(what: &str, holds: impl AsyncFnMut() -> bool) {
+    assert!(comes_about(holds).await, "not in time: {what}");
 }

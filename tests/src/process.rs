@@ -1,6 +1,7 @@
 //! One real process of the fleet, and what may be done to it.
 
-use crate::until;
+use crate::{comes_about, until};
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -34,13 +35,33 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// What is started, and again after it was killed.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// The executable.
+    pub path: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+    /// All variables it sees; `None`: those of the test.
+    pub environment: Option<BTreeMap<String, String>>,
+    /// The directory it starts in.
+    pub directory: PathBuf,
+}
+
+impl Program {
+    /// Started in the repository, like by hand: defaults name directories from there.
+    pub fn new(path: PathBuf, arguments: Vec<String>) -> Self {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        Self { path, arguments, environment: None, directory }
+    }
+}
+
 /// A started process; killed when it is dropped.
 #[derive(Debug)]
 pub struct Process {
-    /// The binary's name.
-    pub name: &'static str,
-    program: PathBuf,
-    arguments: Vec<String>,
+    /// The binary's name, or the pod's.
+    pub name: String,
+    program: Program,
     child: Child,
     log: PathBuf,
     /// The gRPC (or Redis) port.
@@ -54,28 +75,21 @@ impl Process {
     ///
     /// # Panics
     /// When it cannot be started.
-    pub fn service(name: &'static str, dir: &Path, settings: &[String]) -> Self {
+    pub fn service(name: &str, dir: &Path, settings: &[String]) -> Self {
         let [grpc, admin] = [free_port(), free_port()].map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
         let ports = [format!("service.listen={grpc}"), format!("service.admin_listen={admin}")];
         let arguments = ports.iter().chain(settings).flat_map(|set| ["--set".to_owned(), set.clone()]);
-        Self::start(name, binary(name), arguments.collect(), dir, grpc, admin)
+        Self::start(name, Program::new(binary(name), arguments.collect()), dir, grpc, admin)
     }
 
     /// Starts any program that will listen on `grpc`.
     ///
     /// # Panics
     /// When it cannot be started.
-    pub fn start(
-        name: &'static str,
-        program: PathBuf,
-        arguments: Vec<String>,
-        dir: &Path,
-        grpc: SocketAddr,
-        admin: SocketAddr,
-    ) -> Self {
+    pub fn start(name: &str, program: Program, dir: &Path, grpc: SocketAddr, admin: SocketAddr) -> Self {
         let log = dir.join(format!("{name}-{}.log", grpc.port()));
-        let child = spawn(&program, &arguments, &log);
-        Self { name, program, arguments, child, log, grpc, admin }
+        let child = spawn(&program, &log);
+        Self { name: name.to_owned(), program, child, log, grpc, admin }
     }
 
     /// `http://` and the gRPC port.
@@ -89,17 +103,27 @@ impl Process {
     /// When the process ends instead, with its log.
     pub async fn ready(&mut self) {
         let admin = self.admin;
-        let ready = tokio::time::timeout(crate::PATIENCE, async {
-            while !get(admin, "/ready").await.is_some_and(|answer| answer.starts_with("HTTP/1.1 200")) {
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-                if self.child.try_wait().expect("a child").is_some() {
-                    return false;
-                }
+        self.until("ready", async || {
+            get(admin, "/ready").await.is_some_and(|answer| answer.starts_with("HTTP/1.1 200"))
+        })
+        .await;
+    }
+
+    /// Waits for something about this process.
+    ///
+    /// # Panics
+    /// When it does not come about, or the process ends instead; with its log.
+    pub async fn until(&mut self, what: &str, mut holds: impl AsyncFnMut() -> bool) {
+        let mut ended = None;
+        let came = comes_about(async || {
+            if holds().await {
+                return true;
             }
-            true
-        });
-        let ready = ready.await;
-        assert!(ready == Ok(true), "{} is not ready ({ready:?}):\n{}", self.name, self.log());
+            ended = self.child.try_wait().expect("a child");
+            ended.is_some()
+        })
+        .await;
+        assert!(came && ended.is_none(), "{}: not {what} (ended: {ended:?}):\n{}", self.name, self.log());
     }
 
     /// What the process has logged.
@@ -127,7 +151,7 @@ impl Process {
 
     /// Starts it again, as it was started.
     pub fn restart(&mut self) {
-        self.child = spawn(&self.program, &self.arguments, &self.log);
+        self.child = spawn(&self.program, &self.log);
     }
 
     /// Waits for its end.
@@ -136,10 +160,9 @@ impl Process {
     /// When it does not end.
     pub async fn ended(&mut self) -> ExitStatus {
         let mut status = None;
-        until("the process ends", || {
+        until("the process ends", async || {
             status = self.child.try_wait().expect("a child");
-            let over = status.is_some();
-            async move { over }
+            status.is_some()
         })
         .await;
         status.expect("looked at above")
@@ -182,16 +205,20 @@ impl Drop for Process {
     }
 }
 
-fn spawn(program: &Path, arguments: &[String], log: &Path) -> Child {
+fn spawn(program: &Program, log: &Path) -> Child {
     let log = std::fs::File::options().create(true).append(true).open(log).expect("a log file");
-    Command::new(program)
-        .args(arguments)
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."))
+    let mut command = Command::new(&program.path);
+    if let Some(environment) = &program.environment {
+        command.env_clear().envs(environment);
+    }
+    command
+        .args(&program.arguments)
+        .current_dir(&program.directory)
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a handle"))
         .stderr(log)
         .spawn()
-        .unwrap_or_else(|error| panic!("{} cannot be started: {error}", program.display()))
+        .unwrap_or_else(|error| panic!("{} cannot be started: {error}", program.path.display()))
 }
 
 /// One HTTP/1.1 request; `None` where nobody answers within two seconds.

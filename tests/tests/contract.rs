@@ -84,7 +84,7 @@ async fn every_service_exports_what_it_promises_and_the_names_that_autoscalers_r
     let all = [
         ("gateway", &fleet.gateway),
         ("gpu-worker", &fleet.workers[0]),
-        ("aux-scorer", &fleet.scorer),
+        ("aux-scorer", &fleet.scorers[0]),
         ("cache-store", &fleet.stores[0]),
     ];
     for (part, process) in all {

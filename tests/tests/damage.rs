@@ -6,11 +6,10 @@ mod support;
 use cacheclip::fleet::Fleet;
 use cacheclip_chunk::Head;
 use cacheclip_rpc::v1::{MissReason, Tier};
+use cacheclip_tests::until;
 use std::fs::OpenOptions;
 use std::path::Path;
-use support::{
-    TestFleet, containers, corpus, counted, data, name, options, over, quarantined, soon, under, until,
-};
+use support::{TestFleet, containers, corpus, counted, data, name, options, over, quarantined, soon, under};
 use tokio::sync::Mutex;
 
 /// One process has one set of counters: those who count damage take turns.
@@ -67,7 +66,7 @@ async fn damaged_object_costs_one_miss(seed: u64, damage: impl FnOnce(&Path)) {
     assert!(counted_now >= failures + 1.0, "{counted_now} after {failures}");
     let aside = quarantined(data.path());
     assert!(aside.len() == 1 && aside[0].starts_with(&victim), "{aside:?} instead of {victim}");
-    until("the chunk is stored again", || containers(data.path()).contains_key(&victim)).await;
+    until("the chunk is stored again", async || containers(data.path()).contains_key(&victim)).await;
     fleet.stop().await;
 
     let again = std::fs::read(&containers(data.path())[&victim]).expect("a container");

@@ -3,9 +3,10 @@
 mod support;
 
 use cacheclip_rpc::v1::{Chunk, FinishReason, GenerateRequest, IngestRequest, MissReason, Sampling, Tier};
+use cacheclip_tests::until;
 use std::collections::HashSet;
 use support::{
-    Ingested, NEVER, TestFleet, chunk, containers, containers_of, corpus, data, over, reordered, under, until,
+    Ingested, NEVER, TestFleet, chunk, containers, containers_of, corpus, data, over, reordered, under,
 };
 use tonic::Request;
 
@@ -181,8 +182,10 @@ async fn repaired_kv_is_never_stored() {
     let first = fleet.answer(over(&corpus, &corpus.questions[0])).await;
     let keys = first.keys();
     let stored = || containers(data.path());
-    until("what the first request computed is stored", || keys.iter().all(|key| stored().contains_key(key)))
-        .await;
+    until("what the first request computed is stored", async || {
+        keys.iter().all(|key| stored().contains_key(key))
+    })
+    .await;
     for (turn, question) in (1..).zip(&corpus.questions) {
         let answer = fleet.answer(reordered(&over(&corpus, question), turn)).await;
         assert!(answer.all_hit() && answer.explain().rows_repaired > 0, "{:?}", answer.explain());

@@ -22,9 +22,13 @@ const ROWS: [&[&str]; 7] = [
 const SIDEWAYS: (&str, &str) = ("cacheclip-client", "cacheclip-service");
 
 /// Packages (a name, and every name that starts with it and a dash) that only some crates may use.
-const RESERVED: [(&[&str], &[&str]); 4] = [
+const RESERVED: [(&[&str], &[&str]); 5] = [
     (&["candle"], &["cacheclip-model"]),
     (&["redis", "object_store", "redb"], &["cacheclip-cache-store"]),
+    (
+        &["opentelemetry", "opentelemetry_sdk", "opentelemetry-otlp", "tracing-opentelemetry"],
+        &["cacheclip-service", "cacheclip-tests"],
+    ),
     (&["cudarc"], &["cacheclip-kernels", "cacheclip-model"]),
     (
         &["tonic"],
@@ -169,6 +173,8 @@ fn a_broken_arrow_is_reported_and_a_sound_one_is_not() {
         ("cacheclip-client", "object_store", "alone"),
         ("cacheclip-service", "redb", "alone"),
         ("cacheclip-gpu-worker", "cudarc", "alone"),
+        ("cacheclip-gateway", "opentelemetry_sdk", "alone"),
+        ("cacheclip-client", "tracing-opentelemetry", "alone"),
         ("cacheclip-model", "tonic", "alone"),
         ("cacheclip-prompt", "tonic-prost", "alone"),
         ("cacheclip-plan", "rand", "pure"),
@@ -194,6 +200,7 @@ fn a_broken_arrow_is_reported_and_a_sound_one_is_not() {
         ("cacheclip-model", "candle-core"),
         ("cacheclip-cache-store", "redis"),
         ("cacheclip-kernels", "cudarc"),
+        ("cacheclip-service", "opentelemetry-otlp"),
         ("cacheclip-bench", "tonic"),
         ("cacheclip-plan", "thiserror"),
         ("cacheclip-gateway", "redistribution"),

@@ -20,6 +20,9 @@ pub(crate) struct Arguments {
     /// Directory with the models `primary/` and `aux/`.
     #[arg(long, default_value = "models/tiny")]
     models: PathBuf,
+    /// Collector that spans are sent to, by OTLP over gRPC; absent: nowhere.
+    #[arg(long, value_name = "URL", env = cacheclip_service::telemetry::ENDPOINT)]
+    pub(crate) otlp_endpoint: Option<String>,
 }
 
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {

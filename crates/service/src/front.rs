@@ -7,7 +7,7 @@
 
 use crate::readiness::Readiness;
 use crate::request_id::{HEADER, RequestId};
-use crate::{metrics, request_id};
+use crate::{metrics, otlp, request_id, trace};
 use cacheclip_rpc::status;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use std::convert::Infallible;
@@ -27,6 +27,8 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::{Instrument as _, Span};
 
+/// Name of the span that a request is logged and exported in.
+pub(crate) const SPAN: &str = "rpc";
 /// When a shed request may come back: about one short request's time.
 const RETRY_AFTER: Duration = Duration::from_millis(250);
 
@@ -39,6 +41,8 @@ pub(crate) struct Front {
     pub(crate) in_flight: TaskTracker,
     pub(crate) readiness: Readiness,
     pub(crate) timeout: Duration,
+    /// Whether requests without a caller's trace are worth one of their own.
+    pub(crate) begins_traces: bool,
 }
 
 impl<S> Layer<S> for Front {
@@ -100,11 +104,14 @@ where
         let path = request.uri().path().to_owned();
         let infrastructure = path.starts_with("/grpc.");
         let span = tracing::info_span!(
-            "rpc",
+            SPAN,
             request_id = %id,
-            trace_id = id.trace().trace_id(),
+            trace_id = tracing::field::Empty,
             method = path.trim_start_matches('/')
         );
+        let caller = trace::caller(request.headers());
+        // Nobody wants a trace of every probe.
+        let id = id.at(trace::enter(&span, caller, self.front.begins_traces && !infrastructure));
         let mut record = Record::start(path, span.clone(), infrastructure);
         let admitted = match self.front.admit(infrastructure) {
             Ok(admitted) => admitted,
@@ -243,14 +250,19 @@ struct Record {
     span: Span,
     started: Instant,
     infrastructure: bool,
+    in_flight: bool,
     /// `None` when the answer never ended: the caller went away.
     code: Option<Code>,
 }
 
 impl Record {
     fn start(path: String, span: Span, infrastructure: bool) -> Self {
-        metrics::started();
-        Self { path, span, started: Instant::now(), infrastructure, code: None }
+        // A watch stands as long as its caller lives: who scales by requests in flight would count callers.
+        let in_flight = !infrastructure && !path.ends_with("/Watch");
+        if in_flight {
+            metrics::started();
+        }
+        Self { path, span, started: Instant::now(), infrastructure, in_flight, code: None }
     }
 }
 
@@ -259,6 +271,10 @@ impl Drop for Record {
         let code = self.code.unwrap_or(Code::Cancelled);
         let seconds = self.started.elapsed().as_secs_f64();
         metrics::ended(&self.path, code, seconds);
+        if self.in_flight {
+            metrics::left();
+        }
+        otlp::ended(&self.span, code);
         let code = metrics::code_name(code);
         let _entered = self.span.enter();
         // A probe every few seconds would bury the requests.

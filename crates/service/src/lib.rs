@@ -23,6 +23,12 @@ mod error;
 mod front;
 mod metrics;
 mod options;
+#[cfg(feature = "otlp")]
+mod otlp;
+// The same names in a build without the exporter, so that nobody who calls them needs to know which build it is.
+#[cfg(not(feature = "otlp"))]
+#[path = "otlp_absent.rs"]
+mod otlp;
 mod readiness;
 pub mod request_id;
 pub mod residency;

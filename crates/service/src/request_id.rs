@@ -51,13 +51,14 @@ impl RequestId {
         self.trace
     }
 
+    /// The caller's id, or a new one; its trace is a new one until it is put [`RequestId::at`] its place.
     pub(crate) fn of(headers: &HeaderMap) -> Self {
-        let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-        let id = text(HEADER).and_then(Self::parse).unwrap_or_else(Self::random);
-        match text(trace::HEADER).and_then(TraceContext::parse) {
-            Some(caller) => Self { trace: caller.child(), ..id },
-            None => id,
-        }
+        let text = headers.get(HEADER).and_then(|value| value.to_str().ok());
+        text.and_then(Self::parse).unwrap_or_else(Self::random)
+    }
+
+    pub(crate) fn at(self, trace: TraceContext) -> Self {
+        Self { trace, ..self }
     }
 
     pub(crate) fn header(&self) -> Option<HeaderValue> {
@@ -97,7 +98,7 @@ pub fn spawn(work: impl Future<Output = ()> + Send + 'static) {
 /// Adds the current id and trace to a call to another service.
 pub fn outgoing<T>(mut request: tonic::Request<T>) -> tonic::Request<T> {
     let Some(current) = current() else { return request };
-    let trace = current.trace.to_string();
+    let trace = trace::of_call(current.trace).to_string();
     for (name, value) in [(HEADER, current.as_str()), (trace::HEADER, &trace)] {
         if let Ok(value) = MetadataValue::try_from(value) {
             request.metadata_mut().insert(name, value);
@@ -123,7 +124,8 @@ mod tests {
         let mut headers = HeaderMap::new();
         let caller = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
         headers.insert(trace::HEADER, HeaderValue::from_static(caller));
-        let id = RequestId::of(&headers);
+        let place = trace::enter(&tracing::Span::none(), trace::caller(&headers), true);
+        let id = RequestId::of(&headers).at(place);
         assert_eq!(id.trace().trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
         assert_ne!(id.trace().to_string(), caller, "the span is this process's own");
     }

@@ -32,6 +32,9 @@ struct Arguments {
     /// Shape of log lines.
     #[arg(long, env = "CACHECLIP_LOG_FORMAT", default_value = "text")]
     log_format: Format,
+    /// Collector that spans are sent to, by OTLP over gRPC; absent: nowhere.
+    #[arg(long, value_name = "URL", env = telemetry::ENDPOINT)]
+    otlp_endpoint: Option<String>,
 }
 
 /// Runs a server until SIGTERM or SIGINT, then drains it. `start` returns once the ports are bound.
@@ -68,14 +71,23 @@ where
             Err(error) => fail(name, &error, BAD_CONFIG),
         };
     }
-    let telemetry = TelemetryOptions { format: arguments.log_format, filter: arguments.log };
-    if let Err(error) = telemetry::init(&telemetry) {
-        return fail(name, &error, BAD_CONFIG);
-    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name(name).build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(name, &error, FAILED_START),
     };
+    let telemetry = TelemetryOptions {
+        format: arguments.log_format,
+        filter: arguments.log,
+        service: name.into(),
+        otlp_endpoint: arguments.otlp_endpoint,
+    };
+    {
+        // Spans are sent from this runtime.
+        let _entered = runtime.enter();
+        if let Err(error) = telemetry::init(&telemetry) {
+            return fail(name, &error, BAD_CONFIG);
+        }
+    }
     let code = runtime.block_on(async {
         // Listened for before the start, so that a signal during a long start is not lost.
         let stop = stop_signal();
@@ -93,6 +105,7 @@ where
             Err(error) => fail(name, &format_args!("{:#}", error.into()), FAILED_START),
         }
     });
+    runtime.block_on(telemetry::flush());
     // A blocking call that never returns must not keep a drained process alive.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     code
@@ -147,6 +160,8 @@ mod tests {
         assert_eq!(parsed.overrides.len(), 2);
         assert_eq!(parsed.log_format, Format::Json);
         assert!(!parsed.dump_config);
+        let parsed = arguments("sample --otlp-endpoint http://collector:4317").expect("sound");
+        assert_eq!(parsed.otlp_endpoint.as_deref(), Some("http://collector:4317"));
         assert!(arguments("sample --set nothing").expect_err("no value").use_stderr());
     }
 }

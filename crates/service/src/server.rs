@@ -27,12 +27,20 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 pub struct Server {
     name: &'static str,
     options: Options,
+    begins_traces: bool,
 }
 
 impl Server {
     /// `name` is how the server calls itself in logs and refusals.
     pub fn new(name: &'static str, options: Options) -> Self {
-        Self { name, options }
+        Self { name, options, begins_traces: false }
+    }
+
+    /// Records requests that come without a trace, too, as traces of their own. For servers at the fleet's edge:
+    /// further inside, such a request is housekeeping between services.
+    #[must_use]
+    pub fn begins_traces(self) -> Self {
+        Self { begins_traces: true, ..self }
     }
 
     /// Binds the ports, then serves `routes` on tasks of its own, with health, reflection and what stands
@@ -78,6 +86,7 @@ impl Server {
             in_flight: in_flight.clone(),
             readiness: readiness.clone(),
             timeout: self.options.request_timeout(),
+            begins_traces: self.begins_traces,
         };
         let health = HealthService {
             readiness: readiness.clone(),

@@ -1,14 +1,22 @@
-//! Logs and metrics of a process. Both are installed once; asking again is harmless, because an in-process
+//! Logs, metrics and traces of a process. All are installed once; asking again is harmless, because an in-process
 //! fleet and every test do.
 
-use crate::Error;
+use crate::{Error, otlp};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use serde::{Deserialize, Serialize};
 use std::sync::OnceLock;
 use std::time::Duration;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Layer as _, Registry};
 
-/// What a process logs, and how.
+/// The standard's variable for the collector's endpoint.
+pub const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+
+/// What is done with spans and events, behind a filter of its own: what is exported does not depend on what is logged.
+pub(crate) type Layer = Box<dyn tracing_subscriber::Layer<Registry> + Send + Sync>;
+
+/// What a process logs, and how; where its spans go.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TelemetryOptions {
@@ -16,11 +24,15 @@ pub struct TelemetryOptions {
     pub format: Format,
     /// `tracing` filter directives, such as `info` or `info,cacheclip_gateway=debug`.
     pub filter: String,
+    /// How the process calls itself in traces; `OTEL_SERVICE_NAME` goes before it.
+    pub service: String,
+    /// `http://host:port` of a collector that takes OTLP over gRPC; absent or empty: spans are not exported.
+    pub otlp_endpoint: Option<String>,
 }
 
 impl Default for TelemetryOptions {
     fn default() -> Self {
-        Self { format: Format::Text, filter: "info".into() }
+        Self { format: Format::Text, filter: "info".into(), service: "cacheclip".into(), otlp_endpoint: None }
     }
 }
 
@@ -35,21 +47,43 @@ pub enum Format {
 }
 
 /// Starts logging to stderr (stdout belongs to a command's result) and installs the metrics recorder. A process
-/// that already logs keeps its logger.
+/// that already logs keeps its logger, and exports nothing. With an endpoint this needs a tokio runtime that lives
+/// until [`flush`].
 ///
 /// # Errors
-/// A filter that cannot be parsed.
+/// A filter or an endpoint that cannot be parsed; an endpoint outside of a runtime.
 pub fn init(options: &TelemetryOptions) -> Result<(), Error> {
     let filter = EnvFilter::try_new(&options.filter)
         .map_err(|error| Error::Telemetry(format!("log filter {:?}: {error}", options.filter)))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // An error here only says that a logger is installed already.
-    let _ = match options.format {
-        Format::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),
-        Format::Json => builder.json().flatten_event(true).with_current_span(true).try_init(),
-    };
+    // The standard says that an empty variable is one that is not set.
+    let endpoint = options.otlp_endpoint.as_deref().map(str::trim).filter(|endpoint| !endpoint.is_empty());
+    let exporter = endpoint.map(|endpoint| otlp::Exporter::start(&options.service, endpoint)).transpose()?;
     install_recorder();
+    let layers: Vec<Layer> =
+        exporter.iter().filter_map(otlp::Exporter::layer).chain([logging(options.format, filter)]).collect();
+    // An error here only says that a logger is installed already.
+    let installed = tracing_subscriber::registry().with(layers).try_init().is_ok();
+    if let Some(exporter) = exporter.filter(|_| installed) {
+        exporter.installed();
+    }
     Ok(())
+}
+
+fn logging(format: Format, filter: EnvFilter) -> Layer {
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    match format {
+        Format::Text => {
+            let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+            lines.with_ansi(ansi).with_filter(filter).boxed()
+        }
+        Format::Json => lines.json().flatten_event(true).with_current_span(true).with_filter(filter).boxed(),
+    }
+}
+
+/// Sends the spans that still wait, for two seconds at most; the last thing a process does. Spans that end later are
+/// lost.
+pub async fn flush() {
+    otlp::flush().await;
 }
 
 /// Upper bounds of histogram buckets, chosen by the metric's unit, which is its name's last word. Without them

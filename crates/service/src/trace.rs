@@ -1,9 +1,16 @@
 //! W3C trace context: which trace a request belongs to, and which span of it is the caller's.
 //!
+//! A request has one place in its trace, whoever asks: log lines, outgoing calls and exported spans carry the same ids.
+//! Where spans are exported the exporter draws the span's id, because its library takes none from outside; else it is
+//! drawn here.
+//!
 //! Source: <https://www.w3.org/TR/trace-context/>, version 00. A header that does not follow it starts a new trace,
 //! as the specification asks.
 
+use crate::otlp;
 use std::fmt;
+use tonic::codegen::http::HeaderMap;
+use tracing::Span;
 
 /// Name of the metadata entry.
 pub const HEADER: &str = "traceparent";
@@ -11,9 +18,9 @@ pub const HEADER: &str = "traceparent";
 /// A position in a trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceContext {
-    trace: u128,
-    span: u64,
-    flags: u8,
+    pub(crate) trace: u128,
+    pub(crate) span: u64,
+    pub(crate) flags: u8,
 }
 
 impl TraceContext {
@@ -56,6 +63,27 @@ impl fmt::Display for TraceContext {
     }
 }
 
+/// The caller's place, if it sent a sound one.
+pub(crate) fn caller(headers: &HeaderMap) -> Option<TraceContext> {
+    headers.get(HEADER).and_then(|value| value.to_str().ok()).and_then(TraceContext::parse)
+}
+
+/// The place of a request that `span` stands for; noted in the span as `trace_id`. A request without a caller's place
+/// begins a trace of its own, which an exporter records only where the request `may_begin` one.
+pub(crate) fn enter(span: &Span, caller: Option<TraceContext>, may_begin: bool) -> TraceContext {
+    // A parent that nobody sampled is how a sampler is told to leave a request alone.
+    let parent = caller.or_else(|| (!may_begin).then(TraceContext::random));
+    let made_here = || parent.map_or_else(TraceContext::random, TraceContext::child);
+    let place = otlp::continued(span, parent).unwrap_or_else(made_here);
+    span.record("trace_id", place.trace_id());
+    place
+}
+
+/// The place of a call that is made now by a request at `request`: the innermost exported span's, if there is one.
+pub(crate) fn of_call(request: TraceContext) -> TraceContext {
+    otlp::current().filter(|inner| inner.trace == request.trace).unwrap_or(request)
+}
+
 /// Random and never zero: version 4 ids have bits that are always set.
 fn random() -> u128 {
     uuid::Uuid::new_v4().as_u128()
@@ -82,6 +110,16 @@ mod tests {
         assert!(child.to_string().ends_with("-01"));
         assert_ne!(child.to_string(), GIVEN);
         assert_eq!(TraceContext::parse(&child.to_string()), Some(child));
+    }
+
+    #[test]
+    fn without_an_exporter_a_request_gets_a_span_of_its_own_in_its_callers_trace() {
+        let caller = TraceContext::parse(GIVEN);
+        let place = enter(&Span::none(), caller, true);
+        assert_eq!(place.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_ne!(Some(place), caller);
+        assert_eq!(of_call(place), place);
+        assert_ne!(enter(&Span::none(), None, true), enter(&Span::none(), None, true));
     }
 
     #[test]

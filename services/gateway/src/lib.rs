@@ -81,7 +81,8 @@ pub async fn start(options: Options) -> Result<Running, Error> {
     let service = GatewayServer::new(Service(Arc::new(shared)))
         .max_decoding_message_size(message_bytes)
         .max_encoding_message_size(message_bytes);
-    let running = Server::new("gateway", options.service).serve(Routes::new(service), &[SERVICE]).await?;
+    let server = Server::new("gateway", options.service).begins_traces();
+    let running = server.serve(Routes::new(service), &[SERVICE]).await?;
     running.readiness().set(false, "waiting for a worker to describe itself");
     let described = workers.learn(seconds(options.describe_timeout_seconds)).await?;
     tracing::info!(model = described.model, layout = %described.layout_id, "gateway ready");

@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// The metrics' names in a text: its words with one of the two prefixes.
-fn names(text: &str) -> BTreeSet<String> {
+pub(crate) fn names(text: &str) -> BTreeSet<String> {
     let words = text.split(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_' && letter != ':');
     let metric =
         |word: &&str| word.starts_with("cacheclip_") || (word.starts_with("vllm:") && word.len() > 5);
@@ -22,7 +22,8 @@ fn known(list: &BTreeSet<String>, name: &str) -> bool {
     list.contains(name) || histogram.is_some_and(|name| list.contains(name))
 }
 
-fn named(objects: &[Value]) -> BTreeSet<String> {
+/// Every metric that rules, autoscalers and dashboards of rendered objects name.
+pub(crate) fn named(objects: &[Value]) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for object in of_kind::<PrometheusRule>(objects, "PrometheusRule") {
         let rules = object.spec.groups.into_iter().flat_map(|group| group.rules);

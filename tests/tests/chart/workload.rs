@@ -12,6 +12,9 @@ pub(crate) type Labels = BTreeMap<String, String>;
 /// The four services, in the words of labels and names.
 pub(crate) const SERVICES: [&str; 4] = ["gateway", "gpu-worker", "aux-scorer", "cache-store"];
 
+/// What stands for a password of the operator's, whose Secret is not the chart's.
+pub(crate) const SECRET_SAMPLE: &str = "a-password";
+
 /// One Deployment or StatefulSet.
 #[derive(Debug)]
 pub(crate) struct Workload {
@@ -78,6 +81,11 @@ impl Workload {
     /// The environment of its container in the first pod, with references looked up or, where they lead out of the
     /// chart, replaced by samples.
     pub(crate) fn environment(&self, objects: &[Value]) -> Labels {
+        self.environment_of(objects, &format!("{}-0", self.name))
+    }
+
+    /// The same in the pod of a name.
+    pub(crate) fn environment_of(&self, objects: &[Value], pod: &str) -> Labels {
         let mut environment = Labels::new();
         for variable in self.container().env.iter().flatten() {
             let value = match (&variable.value, &variable.value_from) {
@@ -90,7 +98,7 @@ impl Workload {
                 (None, Some(from)) => {
                     if let Some(field) = &from.field_ref {
                         assert_eq!(field.field_path, "metadata.name", "{}", variable.name);
-                        format!("{}-0", self.name)
+                        pod.to_owned()
                     } else if let Some(field) = &from.resource_field_ref {
                         assert_eq!(field.resource, "requests.cpu", "{}", variable.name);
                         "2".into()
@@ -116,7 +124,7 @@ fn secret_value(objects: &[Value], name: &str, key: &str) -> String {
             String::from_utf8(data.0).expect("text")
         }
         None if key == "scope-secret" => "0123456789abcdef".repeat(4),
-        None => "a-password".into(),
+        None => SECRET_SAMPLE.into(),
     }
 }
 

@@ -7,18 +7,14 @@ use cacheclip_bench::{Corpus, Question, world};
 use cacheclip_chunk::{ChunkKey, Head};
 use cacheclip_rpc::v1::gateway_client::GatewayClient;
 use cacheclip_rpc::v1::{self, GenerateRequest, IngestRequest, Sampling, generate_event::Event};
+use cacheclip_tests::PATIENCE;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::transport::Channel;
 use tonic::{IntoRequest, Status};
 
-/// No test waits longer than this for anything.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-/// How often a condition is looked at.
-const POLL: Duration = Duration::from_millis(10);
 /// A stop text that no answer holds: instead of the model's own, which end an answer early.
 pub(crate) const NEVER: &str = "\u{1}never\u{1}";
 
@@ -30,15 +26,6 @@ pub(crate) fn root() -> PathBuf {
 /// Fails the test instead of hanging it. Boxed: a test that awaits many of these would be large.
 pub(crate) async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, Box::pin(what)).await.expect("in time")
-}
-
-/// Waits for a condition; fails the test if it does not come true.
-pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        tokio::time::sleep(POLL).await;
-    }
 }
 
 /// A data directory of its own.

@@ -117,9 +117,13 @@ args:
   {{- range .values.extraArgs }}
   - {{ . | quote }}
   {{- end }}
-{{- if or .env .values.extraEnv }}
+{{- $traces := include "cacheclip.env.traces" .root }}
+{{- if or .env $traces .values.extraEnv }}
 env:
   {{- with .env }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  {{- with $traces }}
   {{- . | nindent 2 }}
   {{- end }}
   {{- with .values.extraEnv }}
@@ -179,6 +183,20 @@ securityContext:
     resourceFieldRef:
       resource: requests.cpu
       divisor: "1"
+{{- end -}}
+
+{{/* Where spans go; they tell a service's pods apart. */}}
+{{- define "cacheclip.env.traces" -}}
+{{- with .Values.traces.endpoint -}}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ . | quote }}
+- name: POD_NAME
+  valueFrom:
+    fieldRef:
+      fieldPath: metadata.name
+- name: OTEL_RESOURCE_ATTRIBUTES
+  value: service.instance.id=$(POD_NAME),service.namespace={{ $.Release.Namespace }}
+{{- end -}}
 {{- end -}}
 
 {{/* Secrets and what differs from pod to pod come by environment and not by file. */}}
