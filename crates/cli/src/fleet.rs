@@ -16,6 +16,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Options {
     /// The store.
     pub store: cacheclip_cache_store::Options,
+    /// Endpoints of stores that run elsewhere, in place of one in this process.
+    pub stores: Vec<String>,
     /// The scorer; absent: requests go down the ladder.
     pub scorer: Option<cacheclip_aux_scorer::Options>,
     /// The worker.
@@ -30,6 +32,7 @@ impl Options {
         let primary = models.join("primary");
         Self {
             store: cacheclip_cache_store::Options { data_dir: data.to_owned(), ..Default::default() },
+            stores: Vec::new(),
             scorer: Some(cacheclip_aux_scorer::Options {
                 model_dir: models.join("aux"),
                 ..Default::default()
@@ -46,7 +49,7 @@ pub struct Fleet {
     gateway: Running,
     worker: Running,
     scorer: Option<Running>,
-    store: Running,
+    store: Option<Running>,
 }
 
 impl Fleet {
@@ -55,16 +58,20 @@ impl Fleet {
     /// # Errors
     /// Whatever keeps one of them from starting, under its name.
     pub async fn start(options: Options) -> anyhow::Result<Self> {
-        let Options { store, mut scorer, mut worker, mut gateway } = options;
-        let store = cacheclip_cache_store::start(store).await.context("cache-store")?;
+        let Options { store, mut stores, mut scorer, mut worker, mut gateway } = options;
+        let store = match stores.is_empty() {
+            true => Some(cacheclip_cache_store::start(store).await.context("cache-store")?),
+            false => None,
+        };
+        stores.extend(store.as_ref().map(Running::endpoint));
         if let Some(scorer) = &mut scorer {
-            scorer.stores = vec![store.endpoint()];
+            scorer.stores.clone_from(&stores);
         }
         let scorer = match scorer {
             Some(scorer) => Some(cacheclip_aux_scorer::start(scorer).await.context("aux-scorer")?),
             None => None,
         };
-        worker.stores = vec![store.endpoint()];
+        worker.stores = stores;
         let worker = cacheclip_gpu_worker::start(worker).await.context("gpu-worker")?;
         gateway.workers = vec![worker.endpoint()];
         gateway.scorers = scorer.iter().map(Running::endpoint).collect();
@@ -97,7 +104,9 @@ impl Fleet {
         if let Some(scorer) = self.scorer {
             scorer.drain().await;
         }
-        self.store.drain().await;
+        if let Some(store) = self.store {
+            store.drain().await;
+        }
     }
 }
 

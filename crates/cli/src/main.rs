@@ -1,11 +1,13 @@
-//! The `cacheclip` command line: demo, serve, ask, ingest, world.
+//! The `cacheclip` command line: demo, serve, ask, ingest, bench, world.
 
 mod ask;
+mod bench;
 mod demo;
 mod ingest;
 mod serve;
 mod text;
 
+use cacheclip_service::telemetry;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -31,6 +33,9 @@ enum Command {
     Ask(ask::Arguments),
     /// Precompute the KV of text files, one chunk per paragraph.
     Ingest(ingest::Arguments),
+    /// Measure: speed by reuse, and the engine beside PyTorch and llama.cpp.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Print every metric of every service: names, kinds, labels, meanings.
     Metrics {
         /// As the page docs/metrics.md instead of JSON.
@@ -50,21 +55,30 @@ enum Command {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let telemetry =
-        cacheclip_service::telemetry::TelemetryOptions { filter: arguments.log, ..Default::default() };
-    if let Err(error) = cacheclip_service::telemetry::init(&telemetry) {
-        return text::fail(&error.into(), cacheclip_service::BAD_CONFIG);
-    }
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return text::fail(&error.into(), cacheclip_service::FAILED_START),
     };
+    let otlp_endpoint = match &arguments.command {
+        Command::Serve(serve) => serve.otlp_endpoint.clone(),
+        _ => None,
+    };
+    let telemetry =
+        telemetry::TelemetryOptions { filter: arguments.log, otlp_endpoint, ..Default::default() };
+    {
+        // Spans are sent from this runtime.
+        let _entered = runtime.enter();
+        if let Err(error) = telemetry::init(&telemetry) {
+            return text::fail(&error.into(), cacheclip_service::BAD_CONFIG);
+        }
+    }
     let result = runtime.block_on(async {
         match arguments.command {
             Command::Demo(arguments) => demo::run(arguments).await,
             Command::Serve(arguments) => serve::run(arguments).await,
             Command::Ask(arguments) => ask::run(arguments).await,
             Command::Ingest(arguments) => ingest::run(arguments).await,
+            Command::Bench(bench) => bench::run(bench).await,
             Command::Metrics { markdown: true } => {
                 text::piece(&cacheclip::metrics::page());
                 Ok(ExitCode::SUCCESS)
@@ -78,6 +92,7 @@ fn main() -> ExitCode {
             )),
         }
     });
+    runtime.block_on(telemetry::flush());
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     match result {
         Ok(code) => code,

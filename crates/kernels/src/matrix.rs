@@ -1,6 +1,7 @@
 //! Weight matrices and the two products a decoder needs: many rows (GEMM) and one row (memory-bound).
 
-use crate::lanes::{Fma, dispatch};
+use crate::simd::widest;
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 /// A weight matrix `[out, in]`, row-major, as in a checkpoint: `project` computes `x · Wᵀ`.
@@ -36,9 +37,9 @@ impl Matrix {
         self.inputs
     }
 
-    /// One row of weights: of an embedding table, the embedding of token `index`.
-    pub fn row(&self, index: usize) -> &[f32] {
-        &self.data[index * self.inputs..(index + 1) * self.inputs]
+    /// All weights, row-major: of an embedding table, row `i` is the embedding of token `i`.
+    pub fn values(&self) -> &[f32] {
+        &self.data
     }
 
     /// `out[rows, outputs] = x[rows, inputs] · Wᵀ`.
@@ -84,9 +85,10 @@ impl Matrix {
     /// One row reads every weight once and reuses none: split the outputs over threads and stream.
     fn project_row(&self, x: &[f32], out: &mut [f32]) {
         const BLOCK: usize = 64;
+        let arch = widest();
         let block = |(index, out): (usize, &mut [f32])| {
             let weights = &self.data[index * BLOCK * self.inputs..][..out.len() * self.inputs];
-            dots(weights, x, out);
+            arch.dispatch(Dots { weights, x, out });
         };
         if self.data.len() < 1 << 16 {
             out.chunks_mut(BLOCK).enumerate().for_each(block);
@@ -96,24 +98,57 @@ impl Matrix {
     }
 }
 
-dispatch!(fn dots = dots_body(weights: &[f32], x: &[f32], out: &mut [f32]));
+/// `out[i] = weights[i] · x`.
+struct Dots<'a> {
+    weights: &'a [f32],
+    x: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Dots<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { weights, x, out } = self;
+        let mut rows = weights.chunks_exact(4 * x.len());
+        let mut outs = out.chunks_exact_mut(4);
+        // Four streams of weights: one alone does not keep the memory busy.
+        for (rows, out) in rows.by_ref().zip(outs.by_ref()) {
+            out.copy_from_slice(&dots::<S, 4>(simd, rows, x));
+        }
+        for (row, out) in rows.remainder().chunks_exact(x.len()).zip(outs.into_remainder()) {
+            [*out] = dots::<S, 1>(simd, row, x);
+        }
+    }
+}
 
 #[inline(always)]
-fn dots_body<F: Fma>(weights: &[f32], x: &[f32], out: &mut [f32]) {
-    let (x_blocks, x_rest) = x.as_chunks::<16>();
-    for (row, o) in weights.chunks_exact(x.len()).zip(out) {
-        let (blocks, rest) = row.as_chunks::<16>();
-        let mut sums = [[0.0f32; 16]; 2];
-        for (pair, x_pair) in blocks.chunks(2).zip(x_blocks.chunks(2)) {
-            for ((sum, w), v) in sums.iter_mut().zip(pair).zip(x_pair) {
-                for lane in 0..16 {
-                    sum[lane] = F::fma(w[lane], v[lane], sum[lane]);
-                }
+fn dots<S: Simd, const N: usize>(simd: S, rows: &[f32], x: &[f32]) -> [f32; N] {
+    let rows: [&[f32]; N] = std::array::from_fn(|i| &rows[i * x.len()..(i + 1) * x.len()]);
+    let (vectors, rest) = S::as_simd_f32s(x);
+    let row_vectors: [&[S::f32s]; N] = std::array::from_fn(|i| &S::as_simd_f32s(rows[i]).0[..vectors.len()]);
+    let mut sums = [[simd.splat_f32s(0.0); 2]; N];
+    let pairs = vectors.len() / 2;
+    for pair in 0..pairs {
+        for half in 0..2 {
+            let at = 2 * pair + half;
+            for i in 0..N {
+                sums[i][half] = simd.mul_add_e_f32s(vectors[at], row_vectors[i][at], sums[i][half]);
             }
         }
-        let tail: f32 = rest.iter().zip(x_rest).map(|(w, v)| w * v).sum();
-        *o = sums[0].iter().zip(&sums[1]).map(|(a, b)| a + b).sum::<f32>() + tail;
     }
+    if vectors.len() % 2 == 1 {
+        let at = vectors.len() - 1;
+        for i in 0..N {
+            sums[i][0] = simd.mul_add_e_f32s(vectors[at], row_vectors[i][at], sums[i][0]);
+        }
+    }
+    let whole = x.len() - rest.len();
+    std::array::from_fn(|i| {
+        let tail: f32 = rows[i][whole..].iter().zip(rest).map(|(w, v)| w * v).sum();
+        simd.reduce_sum_f32s(simd.add_f32s(sums[i][0], sums[i][1])) + tail
+    })
 }
 
 #[cfg(test)]
@@ -133,7 +168,8 @@ mod tests {
             let mut one = vec![0.0; outputs];
             matrix.project(row, &mut one);
             for o in 0..outputs {
-                let want: f64 = row.iter().zip(matrix.row(o)).map(|(a, b)| *a as f64 * *b as f64).sum();
+                let want: f64 =
+                    row.iter().zip(&matrix.values()[o * inputs..]).map(|(a, b)| *a as f64 * *b as f64).sum();
                 assert!((many[r * outputs + o] as f64 - want).abs() < 1e-4);
                 assert!((one[o] as f64 - want).abs() < 1e-4);
             }

@@ -1,6 +1,7 @@
 //! The elementwise parts of a decoder layer.
 
-use crate::lanes::{Fma, dispatch, exp};
+use crate::simd::{exp, widest};
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 /// Rows below which splitting over threads costs more than it gains.
@@ -9,7 +10,8 @@ const PARALLEL_ROWS: usize = 32;
 /// Root-mean-square norm of each row of `x` `[rows, width]` into `out`, scaled by `weight` `[width]`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let width = weight.len();
-    let row = |(x, out): (&[f32], &mut [f32])| norm_row(x, weight, eps, out);
+    let arch = widest();
+    let row = |(x, out): (&[f32], &mut [f32])| arch.dispatch(Norm { x, weight, eps, out });
     if x.len() / width < PARALLEL_ROWS {
         x.chunks_exact(width).zip(out.chunks_exact_mut(width)).for_each(row);
     } else {
@@ -19,7 +21,10 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 
 /// `silu(gate) · up` for rows that hold both halves, `[rows, 2·width]` into `[rows, width]`.
 pub fn silu_gate(gate_up: &[f32], width: usize, out: &mut [f32]) {
-    let row = |(both, out): (&[f32], &mut [f32])| gate_row(&both[..width], &both[width..], out);
+    let arch = widest();
+    let row = |(both, out): (&[f32], &mut [f32])| {
+        arch.dispatch(Gate { gate: &both[..width], up: &both[width..], out });
+    };
     if out.len() / width < PARALLEL_ROWS {
         gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)).for_each(row);
     } else {
@@ -34,33 +39,56 @@ pub fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-dispatch!(fn norm_row = norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]));
-dispatch!(fn gate_row = gate_body(gate: &[f32], up: &[f32], out: &mut [f32]));
+struct Norm<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
 
-#[inline(always)]
-fn norm_body<F: Fma>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    // Sixteen partial sums: one running sum would chain every addition behind the last.
-    let mut sums = [0.0f32; 16];
-    let (blocks, rest) = x.as_chunks::<16>();
-    for block in blocks {
-        for (sum, &v) in sums.iter_mut().zip(block) {
-            *sum = F::fma(v, v, *sum);
+impl WithSimd for Norm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (vectors, rest) = S::as_simd_f32s(self.x);
+        let mut sums = simd.splat_f32s(0.0);
+        for vector in vectors {
+            sums = simd.mul_add_e_f32s(*vector, *vector, sums);
         }
-    }
-    let total: f32 = sums.iter().sum::<f32>() + rest.iter().map(|v| v * v).sum::<f32>();
-    let scale = 1.0 / (total / x.len() as f32 + eps).sqrt();
-    for ((o, &v), &w) in out.iter_mut().zip(x).zip(weight) {
-        *o = v * scale * w;
+        let total = simd.reduce_sum_f32s(sums) + rest.iter().map(|v| v * v).sum::<f32>();
+        let scale = 1.0 / (total / self.x.len() as f32 + self.eps).sqrt();
+        for ((o, &v), &w) in self.out.iter_mut().zip(self.x).zip(self.weight) {
+            *o = v * scale * w;
+        }
     }
 }
 
-#[inline(always)]
-fn gate_body<F: Fma>(gate: &[f32], up: &[f32], out: &mut [f32]) {
-    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-        // The exponential takes non-positive arguments only; sigmoid(g) = e / (1 + e) or 1 / (1 + e).
-        let e = exp::<F>(-g.abs());
-        let sigmoid = if g >= 0.0 { 1.0 } else { e } / (1.0 + e);
-        *o = g * sigmoid * u;
+struct Gate<'a> {
+    gate: &'a [f32],
+    up: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (gate, gate_rest) = S::as_simd_f32s(self.gate);
+        let (up, up_rest) = S::as_simd_f32s(self.up);
+        let (out, out_rest) = S::as_mut_simd_f32s(self.out);
+        let (one, zero) = (simd.splat_f32s(1.0), simd.splat_f32s(0.0));
+        for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+            // The exponential takes non-positive arguments only; sigmoid(g) = e / (1 + e) or 1 / (1 + e).
+            let e = exp(simd, simd.sub_f32s(zero, simd.abs_f32s(g)));
+            let above = simd.select_f32s(simd.less_than_f32s(g, zero), e, one);
+            let sigmoid = simd.div_f32s(above, simd.add_f32s(one, e));
+            *o = simd.mul_f32s(simd.mul_f32s(g, sigmoid), u);
+        }
+        for ((o, &g), &u) in out_rest.iter_mut().zip(gate_rest).zip(up_rest) {
+            *o = g / (1.0 + (-g).exp()) * u;
+        }
     }
 }
 

@@ -61,12 +61,14 @@ pub struct LayerView<'a> {
 
 impl LayerView<'_> {
     /// The K tile `[head_dim, 16]` of the sequence's `index`-th page.
+    #[inline(always)]
     pub(crate) fn k(&self, index: usize, head: usize) -> &[f32] {
         let at = self.shape.k_tile(self.table[index] as usize, head);
         &self.pool[at..at + self.shape.tile()]
     }
 
     /// The V tile `[16, head_dim]` of the sequence's `index`-th page.
+    #[inline(always)]
     pub(crate) fn v(&self, index: usize, head: usize) -> &[f32] {
         let at = self.shape.v_tile(self.table[index] as usize, head);
         &self.pool[at..at + self.shape.tile()]

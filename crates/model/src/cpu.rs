@@ -1,5 +1,6 @@
 //! The CPU device: `f32` activations in plain vectors, kernels from `cacheclip-kernels`.
 
+use crate::buffers::Buffer;
 use crate::device::{At, Device, Geometry, Look};
 use crate::error::Error;
 use crate::kv::LayerKv;
@@ -8,7 +9,7 @@ use cacheclip_kernels::matrix::Matrix;
 use cacheclip_kernels::ops;
 use cacheclip_kernels::page::{HeadShape, LayerView};
 use cacheclip_kernels::place::{StoredLayer, place, scatter};
-use cacheclip_kernels::probe::probe;
+use cacheclip_kernels::probe::{probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use rayon::prelude::*;
 
@@ -22,13 +23,23 @@ pub struct Cpu;
 /// Activations `[rows, width]`.
 #[derive(Clone, Debug)]
 pub struct Rows {
-    data: Vec<f32>,
+    data: Buffer,
     width: usize,
 }
 
 impl Rows {
-    fn zeros(rows: usize, width: usize) -> Self {
-        Self { data: vec![0.0; rows * width], width }
+    /// Of any content: every operation writes all of its result.
+    fn new(rows: usize, width: usize) -> Self {
+        Self { data: Buffer::of(rows * width), width }
+    }
+
+    /// Rows `of` a table, in that order.
+    fn gather(table: &[f32], width: usize, of: impl ExactSizeIterator<Item = usize>) -> Self {
+        let mut rows = Self::new(of.len(), width);
+        for (into, row) in rows.data.chunks_exact_mut(width).zip(of) {
+            into.copy_from_slice(&table[row * width..(row + 1) * width]);
+        }
+        rows
     }
 
     fn rows(&self) -> usize {
@@ -71,18 +82,17 @@ impl Device for Cpu {
     }
 
     fn embed(&self, table: &Matrix, ids: &[u32]) -> Rows {
-        let data = ids.iter().flat_map(|&id| table.row(id as usize)).copied().collect();
-        Rows { data, width: table.inputs() }
+        Rows::gather(table.values(), table.inputs(), ids.iter().map(|&id| id as usize))
     }
 
     fn norm(&self, x: &Rows, weight: &Vec<f32>, eps: f32) -> Rows {
-        let mut out = Rows::zeros(x.rows(), x.width);
+        let mut out = Rows::new(x.rows(), x.width);
         ops::rms_norm(&x.data, weight, eps, &mut out.data);
         out
     }
 
     fn project(&self, x: &Rows, weight: &Matrix) -> Rows {
-        let mut out = Rows::zeros(x.rows(), weight.outputs());
+        let mut out = Rows::new(x.rows(), weight.outputs());
         weight.project(&x.data, &mut out.data);
         out
     }
@@ -99,19 +109,17 @@ impl Device for Cpu {
 
     fn gate(&self, gate_up: &Rows) -> Rows {
         let width = gate_up.width / 2;
-        let mut out = Rows::zeros(gate_up.rows(), width);
+        let mut out = Rows::new(gate_up.rows(), width);
         ops::silu_gate(&gate_up.data, width, &mut out.data);
         out
     }
 
     fn take(&self, x: &Rows, rows: &[usize]) -> Rows {
-        let data =
-            rows.iter().flat_map(|&row| &x.data[row * x.width..(row + 1) * x.width]).copied().collect();
-        Rows { data, width: x.width }
+        Rows::gather(&x.data, x.width, rows.iter().copied())
     }
 
     fn to_host(&self, x: &Rows) -> Vec<f32> {
-        x.data.clone()
+        x.data.to_vec()
     }
 
     fn norm_heads(&self, qkv: &mut Rows, geometry: &Geometry, query: &Vec<f32>, key: &Vec<f32>, eps: f32) {
@@ -150,6 +158,22 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn place_layers(
+        &self,
+        pages: &mut Pages,
+        table: &[u32],
+        layers: &[LayerKv],
+        start: usize,
+        rope: &RopeTable,
+    ) -> Result<(), Error> {
+        let shape = pages.shape;
+        pages.layers.par_iter_mut().zip(layers).for_each(|(pool, kv)| {
+            let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
+            place(pool, table, shape, stored, start, rope);
+        });
+        Ok(())
+    }
+
     fn scatter(
         &self,
         pages: &mut Pages,
@@ -172,7 +196,7 @@ impl Device for Cpu {
         geometry: &Geometry,
         positions: &[u32],
     ) -> Rows {
-        let mut out = Rows::zeros(qkv.rows(), geometry.heads * geometry.head_dim);
+        let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
         let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
         attend_rows(&pages.view(at), queries, &mut out.data);
         out
@@ -185,6 +209,10 @@ impl Device for Cpu {
             heads: geometry.heads,
             positions: &look.positions[look.first..],
         };
-        probe(&pages.view(look.at), queries, look.columns, look.heads, look.rows)
+        let view = pages.view(look.at);
+        match look.rows {
+            Some(rows) => probe(&view, queries, look.columns, look.heads, rows),
+            None => probe_rows(&view, queries, look.columns, look.heads),
+        }
     }
 }

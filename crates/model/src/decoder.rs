@@ -90,8 +90,8 @@ pub struct Probe {
     pub layers: Range<usize>,
     /// Reduction over heads.
     pub heads: Reduce,
-    /// Reduction over rows.
-    pub rows: Reduce,
+    /// Reduction over rows, if any.
+    pub rows: Option<Reduce>,
     across: Reduce,
     sums: Vec<f32>,
     weight: f32,
@@ -111,7 +111,7 @@ impl Probe {
             columns,
             layers,
             heads,
-            rows,
+            rows: Some(rows),
             across: Reduce::Mean,
             sums: vec![0.0; columns],
             weight: 0.0,
@@ -123,7 +123,13 @@ impl Probe {
         Self { across: Reduce::Max, ..self }
     }
 
-    /// Score per column, `[columns]`: mean (or largest) over the layers (and over row blocks) looked at.
+    /// Keeps the rows apart: scores are `[rows, columns]`. For passes that are not split into blocks of rows
+    /// ([`Decoder::forward_layered`]).
+    pub fn row_by_row(self) -> Self {
+        Self { rows: None, ..self }
+    }
+
+    /// Score per column, `[columns]` (or as [`row_by_row`](Self::row_by_row) says): mean (or largest) over the layers (and over row blocks) looked at.
     pub fn scores(&self) -> Vec<f32> {
         match self.across {
             Reduce::Mean => self.sums.iter().map(|sum| sum / self.weight.max(f32::MIN_POSITIVE)).collect(),
@@ -132,6 +138,8 @@ impl Probe {
     }
 
     fn add(&mut self, values: &[f32], rows: usize) {
+        // Of rows that are kept apart there are as many as the pass has.
+        self.sums.resize(values.len(), 0.0);
         match self.across {
             Reduce::Mean => {
                 self.sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * rows as f32)
@@ -213,10 +221,7 @@ impl<D: Device> Decoder<D> {
         kv: &ChunkKv,
         start: usize,
     ) -> Result<(), Error> {
-        for (layer, kv) in kv.layers().iter().enumerate() {
-            self.device.place(pages, At { layer, table }, kv, start, &self.rope)?;
-        }
-        Ok(())
+        self.device.place_layers(pages, table, kv.layers(), start, &self.rope)
     }
 
     /// Places one layer of a section, for callers that place layer by layer.

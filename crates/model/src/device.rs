@@ -107,6 +107,23 @@ pub trait Device: Send + Sync + 'static {
         start: usize,
         rope: &RopeTable,
     ) -> Result<(), Error>;
+    /// As [`place`](Self::place) for all layers of a section.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn place_layers(
+        &self,
+        pages: &mut Self::Pages,
+        table: &[u32],
+        layers: &[LayerKv],
+        start: usize,
+        rope: &RopeTable,
+    ) -> Result<(), Error> {
+        for (layer, kv) in layers.iter().enumerate() {
+            self.place(pages, At { layer, table }, kv, start, rope)?;
+        }
+        Ok(())
+    }
     /// Rotates the queries of `qkv` in place and writes its keys (rotated) and values to `positions`.
     ///
     /// # Errors
@@ -130,7 +147,8 @@ pub trait Device: Send + Sync + 'static {
         geometry: &Geometry,
         positions: &[u32],
     ) -> Self::Rows;
-    /// Attention probabilities of rows `first..` over columns `0..columns`, reduced over heads, then rows.
+    /// Attention probabilities of rows `first..` over columns `0..columns`, reduced over heads, then (where the look
+    /// says how) over rows: `[columns]`, else `[rows, columns]`.
     fn probe(&self, pages: &Self::Pages, look: Look<'_>, qkv: &Self::Rows, geometry: &Geometry) -> Vec<f32>;
 }
 
@@ -147,6 +165,6 @@ pub struct Look<'a> {
     pub columns: usize,
     /// Reduction over heads.
     pub heads: Reduce,
-    /// Reduction over rows.
-    pub rows: Reduce,
+    /// Reduction over rows, if any.
+    pub rows: Option<Reduce>,
 }

@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn the_layout_follows_the_models_shape() {
-        let config = Config::smollm2_135m();
+        let config = Config::shape("smollm2-135m").expect("a known shape");
         let spec = spec(&config, [1; 32], [2; 32]);
         assert_eq!(spec.shape, KvShape { layers: 30, kv_heads: 3, head_dim: 64 });
         assert_ne!(spec.id(), LayoutSpec { tokenizer: [3; 32], ..spec.clone() }.id());

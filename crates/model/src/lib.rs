@@ -11,6 +11,7 @@
 //! Keys leave and enter a decoder **before** rotation ([`kv::ChunkKv`]), so that one chunk's KV serves at
 //! any position.
 
+mod buffers;
 pub mod certificate;
 pub mod config;
 pub mod cpu;
@@ -24,6 +25,7 @@ pub mod pages;
 pub mod sample;
 
 pub use cacheclip_kernels::probe::Reduce;
+pub use cacheclip_kernels::vectors;
 pub use cpu::Cpu;
 pub use decoder::{Decoder, Logits, Pass, Probe};
 pub use device::Device;

@@ -1,7 +1,7 @@
 //! Which pages are free, and the pages of one sequence.
 
 use crate::error::Error;
-use cacheclip_kernels::page::pages_for;
+pub use cacheclip_kernels::page::pages_for;
 use parking_lot::Mutex;
 use std::sync::Arc;
 

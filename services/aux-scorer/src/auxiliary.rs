@@ -14,6 +14,8 @@ use std::ops::Range;
 const FOLLOW_ROUNDS: usize = 2;
 /// Share of the auxiliary tokens that is followed in each round.
 const FOLLOW_SHARE: f32 = 0.02;
+/// Most tokens that are followed in a round: what a round costs grows with them and with the prompt.
+const FOLLOW_MOST: usize = 32;
 /// Prompt heads whose KV is kept.
 const PREFIXES: usize = 64;
 
@@ -201,8 +203,11 @@ impl Auxiliary {
             self.decoder.forward(&mut workspace.pages, pass)?;
             let mut scores = probe.scores();
             if follows {
-                for _ in 0..FOLLOW_ROUNDS {
-                    self.assemble(workspace, prefix, chunks, &starts)?;
+                for round in 0..FOLLOW_ROUNDS {
+                    // A round leaves the rows it followed recomputed.
+                    if round > 0 {
+                        self.assemble(workspace, prefix, chunks, &starts)?;
+                    }
                     self.follow(workspace, chunks, &starts, &mut scores)?;
                 }
             }
@@ -249,20 +254,26 @@ impl Auxiliary {
         scores.iter_mut().for_each(|score| *score /= peak);
         let mut best: Vec<usize> = (first..end).collect();
         best.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-        best.truncate((((end - first) as f32 * FOLLOW_SHARE).round() as usize).max(1));
+        best.truncate((((end - first) as f32 * FOLLOW_SHARE).round() as usize).clamp(1, FOLLOW_MOST));
         best.sort_unstable();
+        let chunk_of = |position: usize| starts.partition_point(|&start| start <= position) - 1;
+        let id = |&position: &usize| {
+            let chunk = chunk_of(position);
+            chunks[chunk].ids[position - starts[chunk]]
+        };
+        let ids: Vec<u32> = best.iter().map(id).collect();
+        let at: Vec<u32> = best.iter().map(|&position| position as u32).collect();
         let layers = 0..self.decoder.config().layers;
+        let mut probe =
+            Probe::new(at[0], end, layers, Reduce::Max, Reduce::Max).largest_over_layers().row_by_row();
+        let table = workspace.sequence.table();
+        let pass = Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(&ids, &at, table) };
+        self.decoder.forward_layered(&mut workspace.pages, pass, &mut |_, _| Ok(()))?;
         let mut total = scores.to_vec();
-        for position in best {
-            let chunk = starts.partition_point(|&start| start <= position) - 1;
+        for (&position, row) in best.iter().zip(probe.scores().chunks_exact(end)) {
+            let chunk = chunk_of(position);
             let own = starts[chunk]..starts[chunk + 1];
-            let (ids, at) = ([chunks[chunk].ids[position - own.start]], [position as u32]);
-            let mut probe =
-                Probe::new(at[0], end, layers.clone(), Reduce::Max, Reduce::Max).largest_over_layers();
-            let table = workspace.sequence.table();
-            let pass = Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(&ids, &at, table) };
-            self.decoder.forward(&mut workspace.pages, pass)?;
-            for (column, attention) in probe.scores().into_iter().enumerate().skip(first) {
+            for (column, attention) in row.iter().enumerate().skip(first) {
                 if !own.contains(&column) {
                     total[column] = total[column].max(attention * scores[position]);
                 }

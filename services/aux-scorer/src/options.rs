@@ -1,5 +1,7 @@
 //! What a scorer can be told from outside.
 
+use cacheclip_model::config::Config;
+use cacheclip_model::load::Source;
 use cacheclip_service::ConnectOptions;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -12,6 +14,8 @@ pub struct Options {
     pub service: cacheclip_service::Options,
     /// Directory of the auxiliary model: `config.json`, `*.safetensors`, `tokenizer.json`, `prompt.json`.
     pub model_dir: PathBuf,
+    /// Random weights of a named shape instead of the directory's, to measure time and bytes: as a worker's.
+    pub random_shape: Option<String>,
     /// Cache stores to fetch auxiliary chunk KV from and publish it to, each `http://host:port`, or
     /// `dns+http://host:port` for every address of a name; stores that these name are used, too. Empty: what is not
     /// in RAM is computed from text.
@@ -37,6 +41,7 @@ impl Default for Options {
         Self {
             service: cacheclip_service::Options::default(),
             model_dir: "models/tiny/aux".into(),
+            random_shape: None,
             stores: Vec::new(),
             connect: ConnectOptions::default(),
             load_timeout_seconds: 1.0,
@@ -45,6 +50,22 @@ impl Default for Options {
             concurrency: 1,
             queue: 64,
             max_question_tokens: 512,
+        }
+    }
+}
+
+impl Options {
+    /// Where the weights come from.
+    ///
+    /// # Errors
+    /// An unknown random shape.
+    pub fn source(&self) -> anyhow::Result<Source> {
+        match self.random_shape.as_deref() {
+            None => Ok(Source::Dir(self.model_dir.clone())),
+            Some(name) => match Config::shape(name) {
+                Some(config) => Ok(Source::Random { config, seed: 1 }),
+                None => anyhow::bail!("random_shape: unknown shape {name:?}; known: {:?}", Config::SHAPES),
+            },
         }
     }
 }

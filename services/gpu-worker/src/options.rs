@@ -17,7 +17,7 @@ pub struct Options {
     /// Directory of the model: `config.json`, `*.safetensors`, `tokenizer.json`, `prompt.json`.
     pub model_dir: PathBuf,
     /// Random weights of a named shape instead of the directory's (the tokenizer still comes from there):
-    /// right for time and bytes, meaningless as text. Shapes: `smollm2-135m`.
+    /// right for time and bytes, meaningless as text. Shapes: `smollm2-135m`, `qwen2.5-0.5b`, `aux-30m`.
     pub random_shape: Option<String>,
     /// Cache stores to fetch from and publish to, each `http://host:port`, or `dns+http://host:port` for every
     /// address of a name; stores that these name are used, too. Empty: the worker's own RAM is the only cache.
@@ -81,8 +81,10 @@ impl Options {
     pub fn source(&self) -> anyhow::Result<Source> {
         match self.random_shape.as_deref() {
             None => Ok(Source::Dir(self.model_dir.clone())),
-            Some("smollm2-135m") => Ok(Source::Random { config: Config::smollm2_135m(), seed: 1 }),
-            Some(other) => anyhow::bail!("random_shape: unknown shape {other:?}; known: smollm2-135m"),
+            Some(name) => match Config::shape(name) {
+                Some(config) => Ok(Source::Random { config, seed: 1 }),
+                None => anyhow::bail!("random_shape: unknown shape {name:?}; known: {:?}", Config::SHAPES),
+            },
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `cacheclip demo`: the whole path in one process, judged by its own output.
 
-mod compare;
+pub(crate) mod compare;
 mod report;
 mod timing;
 

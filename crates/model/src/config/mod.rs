@@ -6,6 +6,7 @@
 mod family;
 mod raw;
 mod rope;
+mod shapes;
 #[cfg(test)]
 mod tests;
 
@@ -71,26 +72,6 @@ impl Config {
         let raw: raw::Raw =
             serde_json::from_value(value).map_err(|e| refuse("config.json", e.to_string()))?;
         raw.check(family)
-    }
-
-    /// The shape of SmolLM2-135M: what speed is measured on when no weights are at hand.
-    pub fn smollm2_135m() -> Self {
-        Self {
-            family: Family::Llama,
-            vocab: 49_152,
-            hidden: 576,
-            intermediate: 1536,
-            layers: 30,
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            norm_eps: 1e-5,
-            rope_theta: 100_000.0,
-            rope_scaling: None,
-            tied: true,
-            max_positions: 8192,
-            eos: vec![2],
-        }
     }
 
     /// Text that identifies the shape, for digests of random weights.

@@ -1,0 +1,98 @@
+//! Clocks, counters of this machine, and what becomes of several runs.
+
+use serde::Serialize;
+
+/// Several runs of the same thing.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Runs {
+    /// The middle one (of an even number, the lower of the two).
+    pub(crate) median: f64,
+    pub(crate) least: f64,
+    pub(crate) most: f64,
+    /// How many.
+    pub(crate) n: usize,
+}
+
+impl Runs {
+    pub(crate) fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let median = values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN);
+        let end = |value: Option<&f64>| value.copied().unwrap_or(f64::NAN);
+        Self { median, least: end(values.first()), most: end(values.last()), n: values.len() }
+    }
+
+    /// `median [least, most]`.
+    pub(crate) fn text(&self, digits: usize) -> String {
+        format!("{:.digits$} [{:.digits$}, {:.digits$}]", self.median, self.least, self.most)
+    }
+}
+
+/// The machine and the build that figures come from.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Machine {
+    pub(crate) cpu: String,
+    pub(crate) cores: usize,
+    pub(crate) threads: usize,
+    /// Widest vector unit that the kernels use here.
+    pub(crate) vectors: &'static str,
+    pub(crate) version: &'static str,
+}
+
+impl Machine {
+    pub(crate) fn here() -> Self {
+        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = info.lines().find(|line| line.starts_with("model name"));
+        let cpu = model.and_then(|line| line.split(": ").nth(1)).unwrap_or("unknown").to_owned();
+        Self {
+            cpu,
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: rayon::current_num_threads(),
+            vectors: cacheclip_model::vectors(),
+            version: env!("CARGO_PKG_VERSION"),
+        }
+    }
+}
+
+/// CPU seconds (user and system, all threads) of a process so far.
+pub(crate) fn cpu_seconds(process: &str) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // Behind the name, which may hold spaces: state is field 3, user and system ticks are 14 and 15.
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
+    // Linux fixes the unit of these at a hundredth of a second.
+    (ticks(11) + ticks(12)) / 100.0
+}
+
+/// Peak resident bytes of this process.
+pub(crate) fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+/// Uses this many threads in kernels; before anything else does.
+pub(crate) fn use_threads(threads: usize) -> anyhow::Result<()> {
+    Ok(rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_lies_between_the_ends() {
+        let runs = Runs::of(vec![3.0, 1.0, 2.0, 9.0]);
+        assert_eq!((runs.least, runs.median, runs.most, runs.n), (1.0, 2.0, 9.0, 4));
+        assert_eq!(runs.text(1), "2.0 [1.0, 9.0]");
+        assert!(Runs::of(Vec::new()).median.is_nan());
+    }
+
+    #[test]
+    fn this_process_has_used_time_and_memory() {
+        while cpu_seconds("self") == 0.0 {
+            std::hint::black_box((0..1_000_000u64).sum::<u64>());
+        }
+        assert!(peak_rss_bytes() > 1 << 20);
+    }
+}

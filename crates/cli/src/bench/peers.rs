@@ -1,0 +1,248 @@
+//! `cacheclip bench peers`: the engine beside PyTorch and llama.cpp.
+//!
+//! One round times every engine once, so that what else the machine does falls on all of them; a ratio is taken within
+//! a round, and the median over rounds is what counts.
+
+use super::measure::{Machine, Runs, peak_rss_bytes, use_threads};
+use super::process::Peers;
+use crate::text;
+use anyhow::Context as _;
+use cacheclip_model::config::Config;
+use cacheclip_model::load::{Source, load};
+use cacheclip_model::pages::Allocator;
+use cacheclip_model::{Cpu, Decoder, Logits, Pass};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use serde_json::json;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+/// Arguments of `bench peers`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Shape of the random weights.
+    #[arg(long, default_value = "smollm2-135m")]
+    shape: String,
+    /// Tokens of the prompt; of decoding: tokens in the cache before the first step.
+    #[arg(long, value_delimiter = ',', default_value = "2048")]
+    tokens: Vec<usize>,
+    /// What is timed: prefill, decode.
+    #[arg(long, value_delimiter = ',', default_value = "prefill,decode")]
+    ops: Vec<String>,
+    /// Engines beside ours: torch, llama.cpp (flash attention), llama.cpp-plain.
+    #[arg(long, value_delimiter = ',', default_value = "torch,llama.cpp,llama.cpp-plain")]
+    peers: Vec<String>,
+    /// Rounds.
+    #[arg(long, default_value_t = 7)]
+    runs: usize,
+    /// Tokens decoded in a run.
+    #[arg(long, default_value_t = 16)]
+    steps: usize,
+    /// Threads of every engine.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Python with the peers installed.
+    #[arg(long, default_value = "target/peers/venv/bin/python")]
+    python: PathBuf,
+    /// The script that runs the peers.
+    #[arg(long, default_value = "crates/bench/peers/peers.py")]
+    script: PathBuf,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: Machine,
+    shape: String,
+    parameters: usize,
+    rows: Vec<Row>,
+    peak_rss_bytes: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    op: String,
+    tokens: usize,
+    engine: String,
+    version: String,
+    dtype: String,
+    /// Of the prompt, or decoded.
+    tokens_per_second: Runs,
+    /// Ours over this engine's, round by round.
+    ratio: Runs,
+    /// CPUs that others used while it ran: figures with more than 0.1 are disturbed.
+    others_cpus: Option<Runs>,
+}
+
+/// What one engine did in each round.
+#[derive(Debug, Default)]
+struct Seen {
+    rates: Vec<f64>,
+    others: Vec<f64>,
+    version: String,
+    dtype: String,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let known = |name: &String| ["torch", "llama.cpp", "llama.cpp-plain"].contains(&name.as_str());
+    anyhow::ensure!(arguments.peers.iter().all(known), "peers: torch, llama.cpp, llama.cpp-plain");
+    let of = |op: &String| ["prefill", "decode"].contains(&op.as_str());
+    anyhow::ensure!(arguments.ops.iter().all(of), "ops: prefill, decode");
+    use_threads(arguments.threads)?;
+    let mut config = Config::shape(&arguments.shape)
+        .with_context(|| format!("shape: {:?}; known: {:?}", arguments.shape, Config::SHAPES))?;
+    let longest = arguments.tokens.iter().max().copied().unwrap_or(0) + arguments.steps;
+    config.max_positions = config.max_positions.max(longest);
+    let parameters = config.parameters();
+    let mut peers = Peers::start(&arguments.python, &arguments.script)?;
+    let ours = load(&Source::Random { config, seed: 1 }, Cpu)?.decoder;
+    let rounds = arguments.tokens.len() * arguments.ops.len() * (arguments.runs + 1);
+    let bar = ProgressBar::new((rounds * (1 + arguments.peers.len())) as u64);
+    bar.set_style(ProgressStyle::with_template("peers [{bar:40}] {pos}/{len} {msg}")?.progress_chars("=> "));
+    let mut rows = Vec::new();
+    for &tokens in &arguments.tokens {
+        for op in &arguments.ops {
+            rows.extend(compare(arguments, &ours, &mut peers, op, tokens, &bar)?);
+        }
+    }
+    bar.finish_and_clear();
+    let report = Report {
+        machine: Machine::here(),
+        shape: arguments.shape.clone(),
+        parameters,
+        rows,
+        peak_rss_bytes: peak_rss_bytes(),
+    };
+    if arguments.json {
+        return text::json(&report);
+    }
+    text::line(format_args!(
+        "{}, {} threads, {}; {}, random weights; median [least, most] of {} rounds",
+        report.machine.cpu, arguments.threads, report.machine.vectors, report.shape, arguments.runs
+    ));
+    let cells = |row: &Row| {
+        let others = row.others_cpus.as_ref().map_or("-".into(), |others| format!("{:.2}", others.most));
+        vec![
+            format!("{} {}", row.op, row.tokens),
+            row.engine.clone(),
+            row.dtype.clone(),
+            row.tokens_per_second.text(1),
+            row.ratio.text(2),
+            others,
+        ]
+    };
+    let header = ["", "engine", "weights", "tokens/s", "ours / it", "others' CPUs"];
+    text::table(&header, &report.rows.iter().map(cells).collect::<Vec<_>>());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// All engines on one operation. The first round is thrown away: it loads and warms.
+fn compare(
+    arguments: &Arguments,
+    ours: &Decoder<Cpu>,
+    peers: &mut Peers,
+    op: &str,
+    tokens: usize,
+    bar: &ProgressBar,
+) -> anyhow::Result<Vec<Row>> {
+    let mut bench = Ours::new(ours, tokens, arguments.steps)?;
+    let mut seen: Vec<Seen> = (0..=arguments.peers.len()).map(|_| Seen::default()).collect();
+    for round in 0..=arguments.runs {
+        let rate = if op == "prefill" { bench.prefill()? } else { bench.decode()? };
+        bar.inc(1);
+        let mut answers = Vec::new();
+        for peer in &arguments.peers {
+            bar.set_message(format!("{op} {tokens} {peer}"));
+            let request = json!({
+                "peer": peer.trim_end_matches("-plain"), "shape": arguments.shape, "op": op, "tokens": tokens,
+                "steps": arguments.steps, "threads": arguments.threads, "flash_attention": !peer.ends_with("-plain"),
+            });
+            answers.push(peers.ask(&request)?);
+            bar.inc(1);
+        }
+        if round == 0 {
+            continue;
+        }
+        seen[0].rates.push(rate);
+        for (seen, answer) in seen[1..].iter_mut().zip(answers) {
+            let number = |name: &str| answer.get(name).and_then(serde_json::Value::as_f64);
+            let words = |name: &str| answer.get(name).and_then(|v| v.as_str()).unwrap_or("").to_owned();
+            seen.rates.push(number("tokens_per_second").context("tokens_per_second")?);
+            seen.others.extend(number("others_cpus"));
+            (seen.version, seen.dtype) = (words("peer_version"), words("dtype"));
+        }
+    }
+    (seen[0].version, seen[0].dtype) = (env!("CARGO_PKG_VERSION").into(), "f32".into());
+    let our_rates = seen[0].rates.clone();
+    let names = std::iter::once("cacheclip").chain(arguments.peers.iter().map(String::as_str));
+    let row = |(engine, seen): (&str, Seen)| Row {
+        op: op.to_owned(),
+        tokens,
+        engine: engine.to_owned(),
+        version: seen.version,
+        dtype: seen.dtype,
+        ratio: Runs::of(our_rates.iter().zip(&seen.rates).map(|(ours, theirs)| ours / theirs).collect()),
+        tokens_per_second: Runs::of(seen.rates),
+        others_cpus: (!seen.others.is_empty()).then(|| Runs::of(seen.others)),
+    };
+    Ok(names.zip(seen).map(row).collect())
+}
+
+/// Our engine with pages for one sequence.
+struct Ours<'a> {
+    decoder: &'a Decoder<Cpu>,
+    pages: <Cpu as cacheclip_model::Device>::Pages,
+    sequence: cacheclip_model::pages::Sequence,
+    ids: Vec<u32>,
+    positions: Vec<u32>,
+    steps: usize,
+    filled: bool,
+}
+
+impl<'a> Ours<'a> {
+    fn new(decoder: &'a Decoder<Cpu>, tokens: usize, steps: usize) -> anyhow::Result<Self> {
+        let allocator = Allocator::new(cacheclip_model::pages::pages_for(tokens + steps));
+        Ok(Self {
+            decoder,
+            pages: decoder.pages(allocator.total())?,
+            sequence: allocator.sequence(tokens + steps)?,
+            ids: (0..(tokens + steps) as u32)
+                .map(|i| i.wrapping_mul(7919) % decoder.config().vocab as u32)
+                .collect(),
+            positions: (0..(tokens + steps) as u32).collect(),
+            steps,
+            filled: false,
+        })
+    }
+
+    /// Prompt tokens per second, logits of the last one included.
+    fn prefill(&mut self) -> anyhow::Result<f64> {
+        let tokens = self.ids.len() - self.steps;
+        let began = Instant::now();
+        self.pass(0..tokens)?;
+        self.filled = true;
+        Ok(tokens as f64 / began.elapsed().as_secs_f64())
+    }
+
+    /// Tokens per second with the prompt in the cache.
+    fn decode(&mut self) -> anyhow::Result<f64> {
+        if !self.filled {
+            self.prefill()?;
+        }
+        let began = Instant::now();
+        for at in self.ids.len() - self.steps..self.ids.len() {
+            self.pass(at..at + 1)?;
+        }
+        Ok(self.steps as f64 / began.elapsed().as_secs_f64())
+    }
+
+    fn pass(&mut self, rows: std::ops::Range<usize>) -> anyhow::Result<()> {
+        let (ids, positions) = (&self.ids[rows.clone()], &self.positions[rows]);
+        let pass = Pass { logits: Logits::Last, ..Pass::new(ids, positions, self.sequence.table()) };
+        std::hint::black_box(self.decoder.forward(&mut self.pages, pass)?);
+        Ok(())
+    }
+}

@@ -1,0 +1,77 @@
+//! Shapes to measure time and bytes on where no weights are at hand; with random weights they mean nothing as text.
+
+use super::{Config, Family};
+
+impl Config {
+    /// Names that [`shape`](Self::shape) knows.
+    pub const SHAPES: [&str; 3] = ["smollm2-135m", "qwen2.5-0.5b", "aux-30m"];
+
+    /// A shape by its name: two published models, and an auxiliary model of 30M parameters (d 512, 12 layers).
+    pub fn shape(name: &str) -> Option<Self> {
+        let llama = Self {
+            family: Family::Llama,
+            vocab: 49_152,
+            hidden: 576,
+            intermediate: 1536,
+            layers: 30,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            norm_eps: 1e-5,
+            rope_theta: 100_000.0,
+            rope_scaling: None,
+            tied: true,
+            max_positions: 8192,
+            eos: vec![2],
+        };
+        Some(match name {
+            "smollm2-135m" => llama,
+            "qwen2.5-0.5b" => Self {
+                family: Family::Qwen2,
+                vocab: 151_936,
+                hidden: 896,
+                intermediate: 4864,
+                layers: 24,
+                heads: 14,
+                kv_heads: 2,
+                norm_eps: 1e-6,
+                rope_theta: 1_000_000.0,
+                max_positions: 32_768,
+                eos: vec![151_643],
+                ..llama
+            },
+            "aux-30m" => Self {
+                vocab: 2048,
+                hidden: 512,
+                intermediate: 1024,
+                layers: 12,
+                heads: 8,
+                kv_heads: 4,
+                rope_theta: 10_000.0,
+                max_positions: 32_768,
+                ..llama
+            },
+            _ => return None,
+        })
+    }
+
+    /// Weights of a decoder of this shape, the embedding table once where it is tied.
+    pub fn parameters(&self) -> usize {
+        let attention = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.head_dim;
+        let layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden;
+        let tables = if self.tied { 1 } else { 2 };
+        self.layers * layer + tables * self.vocab * self.hidden + self.hidden
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_named_shape_has_about_the_parameters_of_its_name() {
+        let millions = |name| Config::shape(name).expect("a known shape").parameters() / 1_000_000;
+        assert_eq!(Config::SHAPES.map(millions), [134, 494, 29]);
+        assert_eq!(Config::shape("gpt-2"), None);
+    }
+}
