@@ -52,6 +52,20 @@ pub(crate) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.mul_f32s(p, simd.transmute_f32s_u32s(scale))
 }
 
+/// Asks for values that are needed soon. The processor's own prefetching ends where a page of its memory ends, and a
+/// tile of keys or values is not larger than one.
+#[inline(always)]
+pub(crate) fn prefetch(values: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values.chunks(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, about memory that is ours.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = values;
+}
+
 /// Turns a row of scores into weights under their largest: `exp(score − peak)`, columns from `seen` on zero. Returns
 /// the peak (no smaller than `floor`) and the weights' sum. The row's length is a multiple of the vector's.
 #[inline(always)]

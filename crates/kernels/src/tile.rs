@@ -5,7 +5,7 @@
 //! a tile of keys and one of values are read from the second-level cache once per group of `N` queries.
 
 use crate::page::{LayerView, PAGE_TOKENS};
-use crate::simd::soften;
+use crate::simd::{prefetch, soften};
 use pulp::{Simd, WithSimd};
 
 /// Columns per tile: the scores of a group of queries and a strip of values stay in the first-level cache.
@@ -94,12 +94,18 @@ impl Attend<'_> {
                 (keys[slot], values[slot]) = (view.k(page, head), view.v(page, head));
             }
             let (keys, values) = (&keys[..tile], &values[..tile]);
+            let after = start / PAGE_TOKENS + TILE_PAGES;
+            let next: &[f32] = if after * PAGE_TOKENS < columns { view.k(after, head) } else { &[] };
             let width = tile * PAGE_TOKENS;
             for g in first..groups {
                 let queries = &queries[g * dim..(g + 1) * dim];
                 let (scores, _) = scores[g * N..(g + 1) * N].as_chunks_mut::<N>();
-                for (slot, keys) in keys.iter().enumerate() {
-                    score::<S, N, M>(simd, keys, queries, &mut scores[0], slot * PAGE_TOKENS);
+                for slot in 0..tile {
+                    if g == first {
+                        prefetch(values[slot]);
+                        prefetch(keys.get(slot + 1).unwrap_or(&next));
+                    }
+                    score::<S, N, M>(simd, keys[slot], queries, &mut scores[0], slot * PAGE_TOKENS);
                 }
             }
             for i in first * N..groups * N {

@@ -33,15 +33,6 @@ impl Rows {
         Self { data: Buffer::of(rows * width), width }
     }
 
-    /// Rows `of` a table, in that order.
-    fn gather(table: &[f32], width: usize, of: impl ExactSizeIterator<Item = usize>) -> Self {
-        let mut rows = Self::new(of.len(), width);
-        for (into, row) in rows.data.chunks_exact_mut(width).zip(of) {
-            into.copy_from_slice(&table[row * width..(row + 1) * width]);
-        }
-        rows
-    }
-
     fn rows(&self) -> usize {
         self.data.len() / self.width
     }
@@ -82,7 +73,11 @@ impl Device for Cpu {
     }
 
     fn embed(&self, table: &Matrix, ids: &[u32]) -> Rows {
-        Rows::gather(table.values(), table.inputs(), ids.iter().map(|&id| id as usize))
+        let mut rows = Rows::new(ids.len(), table.inputs());
+        for (into, &id) in rows.data.chunks_exact_mut(table.inputs()).zip(ids) {
+            table.row_into(id as usize, into);
+        }
+        rows
     }
 
     fn norm(&self, x: &Rows, weight: &Vec<f32>, eps: f32) -> Rows {
@@ -115,7 +110,11 @@ impl Device for Cpu {
     }
 
     fn take(&self, x: &Rows, rows: &[usize]) -> Rows {
-        Rows::gather(&x.data, x.width, rows.iter().copied())
+        let mut taken = Rows::new(rows.len(), x.width);
+        for (into, &row) in taken.data.chunks_exact_mut(x.width).zip(rows) {
+            into.copy_from_slice(&x.data[row * x.width..(row + 1) * x.width]);
+        }
+        taken
     }
 
     fn to_host(&self, x: &Rows) -> Vec<f32> {

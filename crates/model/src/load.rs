@@ -35,7 +35,7 @@ pub struct Loaded<D: Device> {
     pub weights_digest: [u8; 32],
 }
 
-/// Loads `source` onto `device`; weights are converted to f32.
+/// Loads `source` onto `device`. The arithmetic is f32, whatever the files hold.
 ///
 /// # Errors
 /// Files missing or unreadable, a family or feature that is not supported, weights that do not fit.
@@ -164,7 +164,8 @@ fn random(seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
             z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
             let unit = (z ^ (z >> 31)) as u32 as f32 / u32::MAX as f32;
-            (unit * 2.0 - 1.0) * bound
+            // Published checkpoints are bf16; so are these.
+            f32::from_bits(((unit * 2.0 - 1.0) * bound).to_bits() & 0xffff_0000)
         })
         .collect()
 }

@@ -1,5 +1,6 @@
 //! Clocks, counters of this machine, and what becomes of several runs.
 
+use super::limits::Limits;
 use serde::Serialize;
 
 /// Several runs of the same thing.
@@ -35,6 +36,7 @@ pub(crate) struct Machine {
     pub(crate) threads: usize,
     /// Widest vector unit that the kernels use here.
     pub(crate) vectors: &'static str,
+    pub(crate) limits: Limits,
     pub(crate) version: &'static str,
 }
 
@@ -48,8 +50,23 @@ impl Machine {
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             threads: rayon::current_num_threads(),
             vectors: cacheclip_model::vectors(),
+            limits: Limits::measure(rayon::current_num_threads()),
             version: env!("CARGO_PKG_VERSION"),
         }
+    }
+}
+
+impl Machine {
+    /// One line for people.
+    pub(crate) fn text(&self) -> String {
+        format!(
+            "{}, {} threads, {}: {:.0} GFLOP/s of multiply-adds, {:.1} GB/s read",
+            self.cpu,
+            self.threads,
+            self.vectors,
+            self.limits.flops / 1e9,
+            self.limits.read_bytes / 1e9
+        )
     }
 }
 

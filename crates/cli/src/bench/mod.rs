@@ -1,5 +1,6 @@
 //! `cacheclip bench`: how fast, beside whom, and where the time goes.
 
+mod limits;
 mod measure;
 mod peers;
 mod process;

@@ -73,6 +73,9 @@ struct Row {
     tokens_per_second: Runs,
     /// Ours over this engine's, round by round.
     ratio: Runs,
+    /// Of prefill: floating-point operations per second over this machine's limit. Of decoding: bytes of f32 keys and
+    /// values and of weights as our engine keeps them, over the limit of reading. Ours only.
+    share_of_limit: Option<f64>,
     /// CPUs that others used while it ran: figures with more than 0.1 are disturbed.
     others_cpus: Option<Runs>,
 }
@@ -96,7 +99,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         .with_context(|| format!("shape: {:?}; known: {:?}", arguments.shape, Config::SHAPES))?;
     let longest = arguments.tokens.iter().max().copied().unwrap_or(0) + arguments.steps;
     config.max_positions = config.max_positions.max(longest);
-    let parameters = config.parameters();
+    let (parameters, shape) = (config.parameters(), config.clone());
+    // Before the peers are there: theirs is the same machine.
+    let machine = Machine::here();
     let mut peers = Peers::start(&arguments.python, &arguments.script)?;
     let ours = load(&Source::Random { config, seed: 1 }, Cpu)?.decoder;
     let rounds = arguments.tokens.len() * arguments.ops.len() * (arguments.runs + 1);
@@ -105,12 +110,16 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut rows = Vec::new();
     for &tokens in &arguments.tokens {
         for op in &arguments.ops {
-            rows.extend(compare(arguments, &ours, &mut peers, op, tokens, &bar)?);
+            let mut compared = compare(arguments, &ours, &mut peers, op, tokens, &bar)?;
+            if let Some(own) = compared.first_mut() {
+                own.share_of_limit = Some(share(&shape, &machine, own));
+            }
+            rows.extend(compared);
         }
     }
     bar.finish_and_clear();
     let report = Report {
-        machine: Machine::here(),
+        machine,
         shape: arguments.shape.clone(),
         parameters,
         rows,
@@ -120,8 +129,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         return text::json(&report);
     }
     text::line(format_args!(
-        "{}, {} threads, {}; {}, random weights; median [least, most] of {} rounds",
-        report.machine.cpu, arguments.threads, report.machine.vectors, report.shape, arguments.runs
+        "{}; {}, random weights; median [least, most] of {} rounds",
+        report.machine.text(),
+        report.shape,
+        arguments.runs
     ));
     let cells = |row: &Row| {
         let others = row.others_cpus.as_ref().map_or("-".into(), |others| format!("{:.2}", others.most));
@@ -131,12 +142,30 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
             row.dtype.clone(),
             row.tokens_per_second.text(1),
             row.ratio.text(2),
+            row.share_of_limit.map_or("-".into(), |share| format!("{:.0} %", share * 100.0)),
             others,
         ]
     };
-    let header = ["", "engine", "weights", "tokens/s", "ours / it", "others' CPUs"];
+    let header = ["", "engine", "weights", "tokens/s", "ours / it", "of limit", "others' CPUs"];
     text::table(&header, &report.rows.iter().map(cells).collect::<Vec<_>>());
     Ok(ExitCode::SUCCESS)
+}
+
+/// How near our engine comes to what the machine can do.
+fn share(shape: &Config, machine: &Machine, row: &Row) -> f64 {
+    let (tokens, rate) = (row.tokens as f64, row.tokens_per_second.median);
+    let table = (shape.vocab * shape.hidden) as f64;
+    let weights = shape.parameters() as f64 - if shape.tied { 1.0 } else { 2.0 } * table;
+    let kv_width = (shape.layers * shape.kv_heads * shape.head_dim) as f64;
+    if row.op == "decode" {
+        // bf16 weights, the output head among them; f32 keys and values.
+        let bytes = 2.0 * (weights + table) + 8.0 * kv_width * tokens;
+        return bytes * rate / machine.limits.read_bytes;
+    }
+    let width = (shape.layers * shape.heads * shape.head_dim) as f64;
+    // Each token sees half of the prompt on average; scores and values are two products.
+    let flops = 2.0 * weights * tokens + 4.0 * width * tokens * (tokens + 1.0) / 2.0 + 2.0 * table;
+    flops / tokens * rate / machine.limits.flops
 }
 
 /// All engines on one operation. The first round is thrown away: it loads and warms.
@@ -186,6 +215,7 @@ fn compare(
         dtype: seen.dtype,
         ratio: Runs::of(our_rates.iter().zip(&seen.rates).map(|(ours, theirs)| ours / theirs).collect()),
         tokens_per_second: Runs::of(seen.rates),
+        share_of_limit: None,
         others_cpus: (!seen.others.is_empty()).then(|| Runs::of(seen.others)),
     };
     Ok(names.zip(seen).map(row).collect())

@@ -86,6 +86,7 @@ struct Row {
 
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     use_threads(arguments.threads)?;
+    let machine = Machine::here();
     let data = tempfile::tempdir()?;
     let store = Store::start(data.path())?;
     let mut options = Options::embedded(&arguments.models, data.path());
@@ -113,7 +114,7 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     fleet.drain().await;
     let report = Report {
-        machine: Machine::here(),
+        machine,
         shape: arguments.shape.clone(),
         chunk_tokens: arguments.chunk,
         rows,
@@ -226,8 +227,10 @@ fn row(ratio: f32, chunks: usize, full: &[Cost], reused: &[Cost]) -> Row {
 impl Report {
     fn print(&self, runs: usize) {
         text::line(format_args!(
-            "{}, {} threads, {}; {}, random weights, chunks of {} tokens; median [least, most] of {runs} rounds",
-            self.machine.cpu, self.machine.threads, self.machine.vectors, self.shape, self.chunk_tokens
+            "{}; {}, random weights, chunks of {} tokens; median [least, most] of {runs} rounds",
+            self.machine.text(),
+            self.shape,
+            self.chunk_tokens
         ));
         let cells = |row: &Row| {
             vec![
