@@ -25,6 +25,9 @@ use std::time::Duration;
 const CONNECT_TIMEOUTS: u32 = 4;
 /// Pauses between attempts inside the cluster client, in milliseconds; its own begin above a second.
 const CLUSTER_PAUSE: (u64, u64) = (20, 200);
+/// Attempts after the first inside the cluster client: enough for slots that moved, and so few that their pauses end
+/// before the default deadline does. "Refused" or "the cluster is down" tells an operator more than "timed out".
+const CLUSTER_RETRIES: u32 = 3;
 /// Characters of an error that are told.
 const ERROR_LEN: usize = 200;
 
@@ -84,7 +87,8 @@ impl Link {
                 .connection_timeout(timeout)
                 .response_timeout(timeout)
                 .min_retry_wait(CLUSTER_PAUSE.0)
-                .max_retry_wait(CLUSTER_PAUSE.1);
+                .max_retry_wait(CLUSTER_PAUSE.1)
+                .retries(CLUSTER_RETRIES);
             let builder = match certificates {
                 Some(certificates) => builder.certs(certificates),
                 None => builder,

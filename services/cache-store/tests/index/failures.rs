@@ -8,8 +8,8 @@ use cacheclip_rpc::v1::MissReason;
 use cacheclip_rpc::v1::put_response::Outcome;
 use std::time::{Duration, Instant};
 
-const UP: &str = "cacheclip_index_up";
-const MISSING: &str = "cacheclip_index_blob_drift_objects{kind=\"missing\"}";
+pub(crate) const UP: &str = "cacheclip_index_up";
+pub(crate) const MISSING: &str = "cacheclip_index_blob_drift_objects{kind=\"missing\"}";
 const STALE: &str = "cacheclip_index_blob_drift_objects{kind=\"stale\"}";
 
 /// An index that is renewed often and given up soon.
@@ -22,7 +22,7 @@ pub(crate) fn settings(server: &Server, lease: f64, timeout: f64) -> Vec<String>
     ]
 }
 
-fn errors(store: &Process, op: &str) -> f64 {
+pub(crate) fn errors(store: &Process, op: &str) -> f64 {
     store.metric(&format!("cacheclip_index_errors_total{{op=\"{op}\"}}"))
 }
 

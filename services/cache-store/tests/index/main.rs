@@ -8,6 +8,7 @@ mod common;
 
 mod configuration;
 mod conformance;
+mod failover;
 mod failures;
 mod fleet;
 mod process;

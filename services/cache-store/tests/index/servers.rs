@@ -169,6 +169,26 @@ pub(crate) fn cluster() -> Vec<Server> {
     servers
 }
 
+/// A further server of the cluster, with all that `master` has; the others know of it.
+pub(crate) fn replica(servers: &[Server], master: &Server) -> Server {
+    let replica = Server::start(Flavour { cluster: true, ..Flavour::default() });
+    let id = master.cli(&["CLUSTER", "MYID"]);
+    let address = |server: &Server| format!("127.0.0.1:{}", server.port);
+    let mut add = Command::new("redis-cli");
+    add.args(["--cluster", "add-node", &address(&replica), &address(master)]);
+    let output = add.args(["--cluster-slave", "--cluster-master-id", &id]).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    let replica_id = replica.cli(&["CLUSTER", "MYID"]);
+    let known = |server: &Server| server.cli(&["CLUSTER", "REPLICAS", &id]).contains(&replica_id);
+    let copied = || replica.cli(&["INFO", "replication"]).contains("master_link_status:up");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !(servers.iter().all(known) && copied()) {
+        assert!(Instant::now() < deadline, "no replica within a minute");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    replica
+}
+
 /// A free port whose neighbour 10,000 further, which a cluster's node also listens on, is free and exists.
 pub(crate) fn free_port() -> u16 {
     loop {
