@@ -5,6 +5,7 @@
 //! there; [`matrix`] and [`ops`] are the rest of a decoder layer. Shapes are row-major and written as
 //! `[rows, width]`.
 #![expect(unsafe_code, reason = "GEMM takes pointers; a bounds check in an inner loop costs its registers")]
+#![allow(clippy::needless_range_loop, reason = "arrays of registers are addressed by constant indices")]
 
 pub mod attend;
 pub mod matrix;
