@@ -1,6 +1,6 @@
 //! CPU kernels over paged KV, with the index arithmetic they share with a device.
 //!
-//! Everything here works on plain `f32` slices: no tensors, no I/O, no allocation that outlives a call.
+//! Everything here works on plain `f32` slices: no tensors, no I/O; what a thread keeps between calls is scratch memory.
 //! [`page`] says where a token's key and value live; [`attend`], [`place`] and [`probe`] read and write
 //! there; [`matrix`] and [`ops`] are the rest of a decoder layer. Shapes are row-major and written as
 //! `[rows, width]`.

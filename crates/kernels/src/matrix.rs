@@ -96,7 +96,18 @@ impl Matrix {
         assert!(x.len() == rows * self.inputs && out.len() == rows * self.outputs);
         match (&self.weights, rows) {
             (_, 0) => {}
-            (_, 1..=FEW) => self.project_few(rows, x, out),
+            (Weights::F32(values), 1..=FEW) => self.project_few(values, rows, x, out),
+            (Weights::Bf16(words), 1..=FEW) => {
+                // Taken, not borrowed: a thread that waits for others may come by here again.
+                let mut split = SPLIT.take();
+                split.clear();
+                for row in x.chunks_exact(self.inputs) {
+                    split.extend(row.iter().step_by(2));
+                    split.extend(row.iter().skip(1).step_by(2));
+                }
+                self.project_few(words, rows, &split, out);
+                SPLIT.set(split);
+            }
             (Weights::F32(values), _) => {
                 let out = Out { data: out.as_mut_ptr(), stride: self.outputs };
                 multiply(
@@ -127,51 +138,29 @@ impl Matrix {
     }
 
     /// A few rows read every weight once and hardly reuse it: split the outputs over threads and stream.
-    fn project_few(&self, rows: usize, x: &[f32], out: &mut [f32]) {
+    fn project_few<W: Word>(&self, words: &[W], rows: usize, x: &[f32], out: &mut [f32]) {
         let arch = widest();
         let (inputs, outputs) = (self.inputs, self.outputs);
-        SPLIT.with_borrow_mut(|split| {
-            let x = match &self.weights {
-                Weights::F32(_) => x,
-                Weights::Bf16(_) => {
-                    split.clear();
-                    for row in x.chunks_exact(inputs) {
-                        split.extend(row.iter().step_by(2));
-                        split.extend(row.iter().skip(1).step_by(2));
-                    }
-                    split
-                }
-            };
-            let shared = Out { data: out.as_mut_ptr(), stride: outputs };
-            let block = |index: usize| {
-                let first = index * BLOCK;
-                let count = BLOCK.min(outputs - first);
-                let own = shared.columns(first);
-                for row in 0..rows {
-                    let x = &x[row * inputs..(row + 1) * inputs];
-                    // SAFETY: blocks are disjoint columns of rows that `out` has, as asserted in `project`.
-                    let out =
-                        unsafe { std::slice::from_raw_parts_mut(own.data.add(row * own.stride), count) };
-                    match &self.weights {
-                        Weights::F32(values) => {
-                            let weights = &values[first * inputs..(first + count) * inputs];
-                            arch.dispatch(Dots { weights, x, out });
-                        }
-                        Weights::Bf16(words) => {
-                            let width = inputs / 2;
-                            let words = &words[first * width..(first + count) * width];
-                            arch.dispatch(PairDots { words, x, out });
-                        }
-                    }
-                }
-            };
-            let blocks = outputs.div_ceil(BLOCK);
-            if inputs * outputs < PARALLEL {
-                (0..blocks).for_each(block);
-            } else {
-                (0..blocks).into_par_iter().for_each(block);
+        let width = inputs / W::WEIGHTS;
+        let shared = Out { data: out.as_mut_ptr(), stride: outputs };
+        let block = |index: usize| {
+            let first = index * BLOCK;
+            let count = BLOCK.min(outputs - first);
+            let own = shared.columns(first);
+            let words = &words[first * width..(first + count) * width];
+            for row in 0..rows {
+                let x = &x[row * inputs..(row + 1) * inputs];
+                // SAFETY: blocks are disjoint columns of rows that `out` has, as asserted in `project`.
+                let out = unsafe { std::slice::from_raw_parts_mut(own.data.add(row * own.stride), count) };
+                arch.dispatch(Dots { words, x, out });
             }
-        });
+        };
+        let blocks = outputs.div_ceil(BLOCK);
+        if inputs * outputs < PARALLEL {
+            (0..blocks).for_each(block);
+        } else {
+            (0..blocks).into_par_iter().for_each(block);
+        }
     }
 }
 
@@ -241,114 +230,111 @@ fn widen(words: &[u32], out: &mut [f32]) {
     widest().dispatch(Widen(words, out));
 }
 
-/// `out[i] = words[i] · x`, with `x` split as [`SPLIT`] says.
-struct PairDots<'a> {
-    words: &'a [u32],
+/// How weights lie in memory.
+trait Word: Copy + Sync {
+    /// Weights in one word.
+    const WEIGHTS: usize;
+
+    /// Products of `N` rows of words with `x`.
+    fn dots<S: Simd, const N: usize>(simd: S, rows: &[Self], x: &[f32]) -> [f32; N];
+}
+
+/// `out[i] = words[i] · x`.
+struct Dots<'a, W> {
+    words: &'a [W],
+    /// In the order that the words want.
     x: &'a [f32],
     out: &'a mut [f32],
 }
 
-impl WithSimd for PairDots<'_> {
+impl<W: Word> WithSimd for Dots<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { words, x, out } = self;
-        let width = x.len() / 2;
+        let width = x.len() / W::WEIGHTS;
         let mut rows = words.chunks_exact(4 * width);
-        let mut outs = out.chunks_exact_mut(4);
-        for (rows, out) in rows.by_ref().zip(outs.by_ref()) {
-            out.copy_from_slice(&pair_dots::<S, 4>(simd, rows, x));
-        }
-        for (row, out) in rows.remainder().chunks_exact(width).zip(outs.into_remainder()) {
-            [*out] = pair_dots::<S, 1>(simd, row, x);
-        }
-    }
-}
-
-#[inline(always)]
-fn pair_dots<S: Simd, const N: usize>(simd: S, words: &[u32], x: &[f32]) -> [f32; N] {
-    let width = x.len() / 2;
-    let (first, second) = x.split_at(width);
-    let (first_vectors, first_rest) = S::as_simd_f32s(first);
-    let (second_vectors, second_rest) = S::as_simd_f32s(&second[..width]);
-    let rows: [&[u32]; N] = std::array::from_fn(|i| &words[i * width..(i + 1) * width]);
-    let vectors: [&[S::u32s]; N] =
-        std::array::from_fn(|i| &S::as_simd_u32s(rows[i]).0[..first_vectors.len()]);
-    let (shift, mask) = (simd.splat_u32s(16), simd.splat_u32s(0xffff_0000));
-    let mut sums = [[simd.splat_f32s(0.0); 2]; N];
-    for (at, (first, second)) in first_vectors.iter().zip(second_vectors).enumerate() {
-        for i in 0..N {
-            // SAFETY: every row was cut to the length of these vectors.
-            let pair = unsafe { *vectors[i].get_unchecked(at) };
-            let low = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(pair, shift));
-            let high = simd.transmute_f32s_u32s(simd.and_u32s(pair, mask));
-            sums[i][0] = simd.mul_add_e_f32s(low, *first, sums[i][0]);
-            sums[i][1] = simd.mul_add_e_f32s(high, *second, sums[i][1]);
-        }
-    }
-    let mut dots = sums.map(|[a, b]| simd.reduce_sum_f32s(simd.add_f32s(a, b)));
-    let whole = width - first_rest.len();
-    for (dot, row) in dots.iter_mut().zip(rows) {
-        for (word, (a, b)) in row[whole..].iter().zip(first_rest.iter().zip(second_rest)) {
-            *dot += f32::from_bits(word << 16) * a + f32::from_bits(word & 0xffff_0000) * b;
-        }
-    }
-    dots
-}
-
-/// `out[i] = weights[i] · x`.
-struct Dots<'a> {
-    weights: &'a [f32],
-    x: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl WithSimd for Dots<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { weights, x, out } = self;
-        let mut rows = weights.chunks_exact(4 * x.len());
         let mut outs = out.chunks_exact_mut(4);
         // Four streams of weights: one alone does not keep the memory busy.
         for (rows, out) in rows.by_ref().zip(outs.by_ref()) {
-            out.copy_from_slice(&dots::<S, 4>(simd, rows, x));
+            out.copy_from_slice(&W::dots::<S, 4>(simd, rows, x));
         }
-        for (row, out) in rows.remainder().chunks_exact(x.len()).zip(outs.into_remainder()) {
-            [*out] = dots::<S, 1>(simd, row, x);
+        for (row, out) in rows.remainder().chunks_exact(width).zip(outs.into_remainder()) {
+            [*out] = W::dots::<S, 1>(simd, row, x);
         }
     }
 }
 
-#[inline(always)]
-fn dots<S: Simd, const N: usize>(simd: S, rows: &[f32], x: &[f32]) -> [f32; N] {
-    let rows: [&[f32]; N] = std::array::from_fn(|i| &rows[i * x.len()..(i + 1) * x.len()]);
-    let (vectors, rest) = S::as_simd_f32s(x);
-    let row_vectors: [&[S::f32s]; N] = std::array::from_fn(|i| &S::as_simd_f32s(rows[i]).0[..vectors.len()]);
-    let mut sums = [[simd.splat_f32s(0.0); 2]; N];
-    let (pairs, odd) = vectors.as_chunks::<2>();
-    for (pair, x) in pairs.iter().enumerate() {
-        for half in 0..2 {
-            for i in 0..N {
-                // SAFETY: every row was cut to the length of these vectors.
-                let weights = unsafe { *row_vectors[i].get_unchecked(2 * pair + half) };
-                sums[i][half] = simd.mul_add_e_f32s(x[half], weights, sums[i][half]);
+/// Plain weights.
+impl Word for f32 {
+    const WEIGHTS: usize = 1;
+
+    #[inline(always)]
+    fn dots<S: Simd, const N: usize>(simd: S, rows: &[Self], x: &[f32]) -> [f32; N] {
+        let rows: [&[f32]; N] = std::array::from_fn(|i| &rows[i * x.len()..(i + 1) * x.len()]);
+        let (vectors, rest) = S::as_simd_f32s(x);
+        let row_vectors: [&[S::f32s]; N] =
+            std::array::from_fn(|i| &S::as_simd_f32s(rows[i]).0[..vectors.len()]);
+        let mut sums = [[simd.splat_f32s(0.0); 2]; N];
+        let (pairs, odd) = vectors.as_chunks::<2>();
+        for (pair, x) in pairs.iter().enumerate() {
+            for half in 0..2 {
+                for i in 0..N {
+                    // SAFETY: every row was cut to the length of these vectors.
+                    let weights = unsafe { *row_vectors[i].get_unchecked(2 * pair + half) };
+                    sums[i][half] = simd.mul_add_e_f32s(x[half], weights, sums[i][half]);
+                }
             }
         }
-    }
-    if let [x] = odd {
-        for i in 0..N {
-            sums[i][0] = simd.mul_add_e_f32s(*x, row_vectors[i][vectors.len() - 1], sums[i][0]);
+        if let [x] = odd {
+            for i in 0..N {
+                sums[i][0] = simd.mul_add_e_f32s(*x, row_vectors[i][vectors.len() - 1], sums[i][0]);
+            }
         }
+        let mut dots = sums.map(|[a, b]| simd.reduce_sum_f32s(simd.add_f32s(a, b)));
+        let whole = x.len() - rest.len();
+        for (dot, row) in dots.iter_mut().zip(rows) {
+            *dot += row[whole..].iter().zip(rest).map(|(w, v)| w * v).sum::<f32>();
+        }
+        dots
     }
-    let mut dots = sums.map(|[a, b]| simd.reduce_sum_f32s(simd.add_f32s(a, b)));
-    let whole = x.len() - rest.len();
-    for (dot, row) in dots.iter_mut().zip(rows) {
-        *dot += row[whole..].iter().zip(rest).map(|(w, v)| w * v).sum::<f32>();
+}
+
+/// Two bf16 weights; `x` is split as [`SPLIT`] says.
+impl Word for u32 {
+    const WEIGHTS: usize = 2;
+
+    #[inline(always)]
+    fn dots<S: Simd, const N: usize>(simd: S, words: &[Self], x: &[f32]) -> [f32; N] {
+        let width = x.len() / 2;
+        let (first, second) = x.split_at(width);
+        let (first_vectors, first_rest) = S::as_simd_f32s(first);
+        let (second_vectors, second_rest) = S::as_simd_f32s(&second[..width]);
+        let rows: [&[u32]; N] = std::array::from_fn(|i| &words[i * width..(i + 1) * width]);
+        let vectors: [&[S::u32s]; N] =
+            std::array::from_fn(|i| &S::as_simd_u32s(rows[i]).0[..first_vectors.len()]);
+        let (shift, mask) = (simd.splat_u32s(16), simd.splat_u32s(0xffff_0000));
+        let mut sums = [[simd.splat_f32s(0.0); 2]; N];
+        for (at, (first, second)) in first_vectors.iter().zip(second_vectors).enumerate() {
+            for i in 0..N {
+                // SAFETY: every row was cut to the length of these vectors.
+                let pair = unsafe { *vectors[i].get_unchecked(at) };
+                let low = simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(pair, shift));
+                let high = simd.transmute_f32s_u32s(simd.and_u32s(pair, mask));
+                sums[i][0] = simd.mul_add_e_f32s(low, *first, sums[i][0]);
+                sums[i][1] = simd.mul_add_e_f32s(high, *second, sums[i][1]);
+            }
+        }
+        let mut dots = sums.map(|[a, b]| simd.reduce_sum_f32s(simd.add_f32s(a, b)));
+        let whole = width - first_rest.len();
+        for (dot, row) in dots.iter_mut().zip(rows) {
+            for (word, (a, b)) in row[whole..].iter().zip(first_rest.iter().zip(second_rest)) {
+                *dot += f32::from_bits(word << 16) * a + f32::from_bits(word & 0xffff_0000) * b;
+            }
+        }
+        dots
     }
-    dots
 }
 
 #[cfg(test)]

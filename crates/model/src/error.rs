@@ -13,6 +13,12 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// Random weights were asked for of a shape that has no name here; choose one that has.
+    #[error("random_shape: unknown shape {name:?}; known: {:?}", crate::config::Config::SHAPES)]
+    UnknownShape {
+        /// What was asked for.
+        name: String,
+    },
     /// A file is missing or unreadable; check the model directory.
     #[error("cannot read {path}")]
     Read {

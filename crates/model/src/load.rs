@@ -26,6 +26,18 @@ pub enum Source {
     },
 }
 
+impl Source {
+    /// The directory, or random weights of the shape that is named instead (see [`Config::SHAPES`]).
+    ///
+    /// # Errors
+    /// An unknown shape.
+    pub fn choose(dir: &Path, random_shape: Option<&str>) -> Result<Self, Error> {
+        let Some(name) = random_shape else { return Ok(Self::Dir(dir.to_owned())) };
+        let config = Config::shape(name).ok_or_else(|| Error::UnknownShape { name: name.to_owned() })?;
+        Ok(Self::Random { config, seed: 1 })
+    }
+}
+
 /// A decoder and the digest of the weights it was made from.
 #[derive(Debug)]
 pub struct Loaded<D: Device> {

@@ -44,7 +44,8 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     cacheclip_client::metrics::describe();
     let settings = options.clone();
     let (auxiliary, identity) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-        let loaded = load::load(&settings.source()?, Cpu)?;
+        let loaded =
+            load::load(&load::Source::choose(&settings.model_dir, settings.random_shape.as_deref())?, Cpu)?;
         let certificate = certificate::certify(&loaded.decoder)?;
         tracing::info!(%certificate, "auxiliary instance certified");
         let composer = Composer::from_dir(&settings.model_dir)?;

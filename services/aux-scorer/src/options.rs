@@ -1,7 +1,5 @@
 //! What a scorer can be told from outside.
 
-use cacheclip_model::config::Config;
-use cacheclip_model::load::Source;
 use cacheclip_service::ConnectOptions;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -50,22 +48,6 @@ impl Default for Options {
             concurrency: 1,
             queue: 64,
             max_question_tokens: 512,
-        }
-    }
-}
-
-impl Options {
-    /// Where the weights come from.
-    ///
-    /// # Errors
-    /// An unknown random shape.
-    pub fn source(&self) -> anyhow::Result<Source> {
-        match self.random_shape.as_deref() {
-            None => Ok(Source::Dir(self.model_dir.clone())),
-            Some(name) => match Config::shape(name) {
-                Some(config) => Ok(Source::Random { config, seed: 1 }),
-                None => anyhow::bail!("random_shape: unknown shape {name:?}; known: {:?}", Config::SHAPES),
-            },
         }
     }
 }

@@ -51,7 +51,8 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     cacheclip_service::telemetry::install_recorder();
     metrics::describe();
     cacheclip_client::metrics::describe();
-    let (source, dir) = (options.source()?, options.model_dir.clone());
+    let dir = options.model_dir.clone();
+    let source = load::Source::choose(&dir, options.random_shape.as_deref())?;
     let (loaded, composer) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
         let loaded = load::load(&source, Cpu)?;
         let certificate = certificate::certify(&loaded.decoder)?;
