@@ -18,8 +18,8 @@ const LIVE: &str = "cacheclip_client_live_stores";
 const KNOWN: &str = "cacheclip_client_known_stores";
 const MOVES: &str = "cacheclip_client_moves_total";
 
-/// Why a chunk was not loaded: no store is live, a deadline passed, computing it was expected to be cheaper.
-/// Nothing is skipped for its cost yet.
+/// Why a chunk was not loaded: no store is live, a deadline passed, computing it was expected to be
+/// done sooner.
 pub const SKIPS: [&str; 3] = ["breaker", "deadline", "cost"];
 
 /// Registers descriptions and the zero values of series that may never move.
@@ -54,6 +54,11 @@ pub fn describe() {
 /// Counts chunks whose load was given up because it took too long.
 pub fn overdue(chunks: usize) {
     counter!(SKIPPED, "reason" => "deadline").increment(chunks as u64);
+}
+
+/// Counts chunks that are computed because that is expected to be done sooner.
+pub fn dear(chunks: usize) {
+    counter!(SKIPPED, "reason" => "cost").increment(chunks as u64);
 }
 
 /// Counts a chunk whose bytes are not what they claim to be.

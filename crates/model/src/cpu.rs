@@ -3,7 +3,7 @@
 use crate::buffers::Buffer;
 use crate::device::{At, Device, Geometry, Look};
 use crate::error::Error;
-use crate::kv::LayerKv;
+use crate::kv::{ChunkKv, LayerKv};
 use cacheclip_kernels::attend::{Queries, attend_rows};
 use cacheclip_kernels::matrix::Matrix;
 use cacheclip_kernels::ops;
@@ -117,8 +117,8 @@ impl Device for Cpu {
         taken
     }
 
-    fn to_host(&self, x: &Rows) -> Vec<f32> {
-        x.data.to_vec()
+    fn read(&self, x: &Rows, out: &mut Vec<f32>) {
+        out.extend_from_slice(&x.data);
     }
 
     fn norm_heads(&self, qkv: &mut Rows, geometry: &Geometry, query: &Vec<f32>, key: &Vec<f32>, eps: f32) {
@@ -161,12 +161,13 @@ impl Device for Cpu {
         &self,
         pages: &mut Pages,
         table: &[u32],
-        layers: &[LayerKv],
+        kv: &ChunkKv,
         start: usize,
         rope: &RopeTable,
     ) -> Result<(), Error> {
         let shape = pages.shape;
-        pages.layers.par_iter_mut().zip(layers).for_each(|(pool, kv)| {
+        pages.layers.par_iter_mut().enumerate().for_each(|(layer, pool)| {
+            let Some(kv) = kv.layer(layer) else { return };
             let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
             place(pool, table, shape, stored, start, rope);
         });
@@ -198,6 +199,43 @@ impl Device for Cpu {
         let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
         let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
         attend_rows(&pages.view(at), queries, &mut out.data);
+        out
+    }
+
+    fn scatter_each(
+        &self,
+        pages: &mut Pages,
+        layer: usize,
+        tables: &[&[u32]],
+        qkv: &mut Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+        rope: &RopeTable,
+    ) -> Result<(), Error> {
+        let (pool, shape, width) = (&mut pages.layers[layer], pages.shape, qkv.width);
+        let rows = qkv.data.chunks_exact_mut(width).zip(positions.chunks(1));
+        for ((row, position), table) in rows.zip(tables) {
+            scatter(pool, table, shape, geometry.heads, row, position, rope);
+        }
+        Ok(())
+    }
+
+    fn attend_each(
+        &self,
+        pages: &Pages,
+        layer: usize,
+        tables: &[&[u32]],
+        qkv: &Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+    ) -> Rows {
+        let width = geometry.heads * geometry.head_dim;
+        let mut out = Rows::new(qkv.rows(), width);
+        let rows = qkv.data.chunks_exact(qkv.width).zip(positions.chunks(1));
+        for (((row, positions), table), out) in rows.zip(tables).zip(out.data.chunks_exact_mut(width)) {
+            let queries = Queries { data: row, stride: qkv.width, heads: geometry.heads, positions };
+            attend_rows(&pages.view(At { layer, table }), queries, out);
+        }
         out
     }
 

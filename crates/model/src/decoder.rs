@@ -4,13 +4,11 @@ use crate::config::Config;
 use crate::device::{At, Device, Geometry, Look};
 use crate::error::Error;
 use crate::kv::{ChunkKv, Export};
+use crate::walk::{BLOCK_ROWS, Collect};
 use cacheclip_kernels::probe::Reduce;
 use cacheclip_kernels::rope::RopeTable;
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Rows that go through the layers together when all KV is resident: bounds the memory of activations.
-const BLOCK_ROWS: usize = 1024;
 
 /// Weights of one layer.
 pub(crate) struct Layer<D: Device> {
@@ -45,10 +43,10 @@ pub(crate) struct Weights<D: Device> {
 
 /// A causal language model on a device. Cheap to clone; clones share the weights.
 pub struct Decoder<D: Device> {
-    device: Arc<D>,
-    config: Arc<Config>,
-    weights: Arc<Weights<D>>,
-    rope: Arc<RopeTable>,
+    pub(crate) device: Arc<D>,
+    pub(crate) config: Arc<Config>,
+    pub(crate) weights: Arc<Weights<D>>,
+    pub(crate) rope: Arc<RopeTable>,
 }
 
 impl<D: Device> std::fmt::Debug for Decoder<D> {
@@ -123,8 +121,8 @@ impl Probe {
         Self { across: Reduce::Max, ..self }
     }
 
-    /// Keeps the rows apart: scores are `[rows, columns]`. For passes that are not split into blocks of rows
-    /// ([`Decoder::forward_layered`]).
+    /// Keeps the rows apart: scores are `[rows, columns]`. For passes of no
+    /// more than a block of rows ([`walk`](crate::walk)).
     pub fn row_by_row(self) -> Self {
         Self { rows: None, ..self }
     }
@@ -149,9 +147,6 @@ impl Probe {
         self.weight += rows as f32;
     }
 }
-
-/// Runs before each layer with the layer's index: places KV that arrives layer by layer.
-pub type BeforeLayer<'a, P> = &'a mut dyn FnMut(usize, &mut P) -> Result<(), Error>;
 
 /// One trip through the layers.
 #[derive(Debug)]
@@ -210,7 +205,7 @@ impl<D: Device> Decoder<D> {
         self.device.pages(&self.geometry(), count)
     }
 
-    /// Places a section's KV at positions `start..`, all layers.
+    /// Places a section's KV at positions `start..`, all layers, which must have come.
     ///
     /// # Errors
     /// A device fault.
@@ -221,7 +216,7 @@ impl<D: Device> Decoder<D> {
         kv: &ChunkKv,
         start: usize,
     ) -> Result<(), Error> {
-        self.device.place_layers(pages, table, kv.layers(), start, &self.rope)
+        self.device.place_layers(pages, table, kv, start, &self.rope)
     }
 
     /// Places one layer of a section, for callers that place layer by layer.
@@ -239,91 +234,30 @@ impl<D: Device> Decoder<D> {
     }
 
     /// Computes the rows of `pass`: at each layer their K/V are scattered first, then they attend to the
-    /// whole cache at or before their own positions. In ascending row blocks, which gives the same result
-    /// and bounds memory. Returns logits `[rows asked for, vocab]`, empty for [`Logits::None`].
+    /// whole cache at or before their own positions. Returns logits `[rows asked for, vocab]`, empty for
+    /// [`Logits::None`].
     ///
     /// # Errors
     /// A device fault.
-    pub fn forward(&self, pages: &mut D::Pages, mut pass: Pass<'_>) -> Result<Vec<f32>, Error> {
-        debug_assert_eq!(pass.ids.len(), pass.positions.len());
-        let rows = pass.ids.len();
-        let mut logits = Vec::new();
-        for start in (0..rows).step_by(BLOCK_ROWS) {
-            let end = (start + BLOCK_ROWS).min(rows);
-            let wanted = if pass.logits == Logits::Last && end < rows { Logits::None } else { pass.logits };
-            let block = Pass {
-                ids: &pass.ids[start..end],
-                positions: &pass.positions[start..end],
-                table: pass.table,
-                logits: wanted,
-                export: pass.export.as_deref_mut(),
-                probe: pass.probe.as_deref_mut(),
-            };
-            logits.extend(self.through_layers(pages, block, None)?);
+    pub fn forward(&self, pages: &mut D::Pages, pass: Pass<'_>) -> Result<Vec<f32>, Error> {
+        let Pass { ids, positions, table, logits, mut export, mut probe } = pass;
+        let mut walk = self.walk(ids, positions.to_vec(), logits, BLOCK_ROWS);
+        while !walk.done() {
+            let collect = Collect { export: export.as_deref_mut(), probe: probe.as_deref_mut() };
+            self.step(pages, &mut walk, table, collect)?;
         }
-        Ok(logits)
+        Ok(self.logits(walk))
     }
 
-    /// As [`forward`](Self::forward) in one layer-major pass, with `before` called ahead of every layer so
-    /// that its KV can arrive while earlier layers compute.
-    ///
-    /// # Errors
-    /// A device fault, or what `before` returns.
-    pub fn forward_layered(
+    /// Adds the attention of `qkv` at a layer to `probe`, if it looks there.
+    pub(crate) fn look(
         &self,
-        pages: &mut D::Pages,
-        pass: Pass<'_>,
-        before: BeforeLayer<'_, D::Pages>,
-    ) -> Result<Vec<f32>, Error> {
-        self.through_layers(pages, pass, Some(before))
-    }
-
-    fn through_layers(
-        &self,
-        pages: &mut D::Pages,
-        mut pass: Pass<'_>,
-        mut before: Option<BeforeLayer<'_, D::Pages>>,
-    ) -> Result<Vec<f32>, Error> {
-        let (device, geometry, eps) = (&*self.device, self.geometry(), self.config.norm_eps);
-        let mut x = device.embed(&self.weights.embedding, pass.ids);
-        for (index, layer) in self.weights.layers.iter().enumerate() {
-            if let Some(before) = before.as_deref_mut() {
-                before(index, pages)?;
-            }
-            let at = At { layer: index, table: pass.table };
-            let normed = device.norm(&x, &layer.attention_norm, eps);
-            let mut qkv = device.project(&normed, &layer.qkv);
-            if let Some(bias) = &layer.qkv_bias {
-                device.add_bias(&mut qkv, bias);
-            }
-            if let Some(norms) = &layer.head_norms {
-                device.norm_heads(&mut qkv, &geometry, &norms.query, &norms.key, eps);
-            }
-            // What is exported is position-free: all that happens to a key but its rotation.
-            if let Some(export) = pass.export.as_deref_mut() {
-                export.push(index, device.export(&qkv, &geometry), geometry.head_dim);
-            }
-            device.scatter(pages, at, &mut qkv, &geometry, pass.positions, &self.rope)?;
-            if let Some(probe) = pass.probe.as_deref_mut() {
-                self.look(pages, at, &qkv, pass.positions, probe);
-            }
-            let attended = device.attend_rows(pages, at, &qkv, &geometry, pass.positions);
-            device.add(&mut x, &device.project(&attended, &layer.output));
-            let normed = device.norm(&x, &layer.mlp_norm, eps);
-            let gated = device.gate(&device.project(&normed, &layer.gate_up));
-            device.add(&mut x, &device.project(&gated, &layer.down));
-        }
-        let rows = pass.ids.len();
-        let x = match pass.logits {
-            Logits::None => return Ok(Vec::new()),
-            Logits::All => x,
-            Logits::Last => device.take(&x, &[rows - 1]),
-        };
-        let normed = device.norm(&x, &self.weights.norm, eps);
-        Ok(device.to_host(&device.project(&normed, &self.weights.head)))
-    }
-
-    fn look(&self, pages: &D::Pages, at: At<'_>, qkv: &D::Rows, positions: &[u32], probe: &mut Probe) {
+        pages: &D::Pages,
+        at: At<'_>,
+        qkv: &D::Rows,
+        positions: &[u32],
+        probe: &mut Probe,
+    ) {
         let first = positions.partition_point(|&p| p < probe.from_position);
         if !probe.layers.contains(&at.layer) || first == positions.len() {
             return;

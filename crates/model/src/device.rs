@@ -3,10 +3,10 @@
 //! Five operations carry the method: [`project`](Device::project), [`place`](Device::place),
 //! [`scatter`](Device::scatter), [`attend_rows`](Device::attend_rows) and [`probe`](Device::probe). The rest
 //! is elementwise. Activations, weights and pages are opaque: what lives on a device stays there until
-//! [`to_host`](Device::to_host) or [`export`](Device::export).
+//! [`read`](Device::read) or [`export`](Device::export).
 
 use crate::error::Error;
-use crate::kv::LayerKv;
+use crate::kv::{ChunkKv, LayerKv};
 use cacheclip_kernels::probe::Reduce;
 use cacheclip_kernels::rope::RopeTable;
 
@@ -80,8 +80,8 @@ pub trait Device: Send + Sync + 'static {
     fn gate(&self, gate_up: &Self::Rows) -> Self::Rows;
     /// The given rows of `x`.
     fn take(&self, x: &Self::Rows, rows: &[usize]) -> Self::Rows;
-    /// Row-major values on the host.
-    fn to_host(&self, x: &Self::Rows) -> Vec<f32>;
+    /// Appends row-major values to `out`, on the host.
+    fn read(&self, x: &Self::Rows, out: &mut Vec<f32>);
 
     /// Root-mean-square norm of every query head and every key head of freshly projected rows, in place and
     /// before [`export`](Self::export); values stay as they are.
@@ -115,11 +115,11 @@ pub trait Device: Send + Sync + 'static {
         &self,
         pages: &mut Self::Pages,
         table: &[u32],
-        layers: &[LayerKv],
+        kv: &ChunkKv,
         start: usize,
         rope: &RopeTable,
     ) -> Result<(), Error> {
-        for (layer, kv) in layers.iter().enumerate() {
+        for (layer, kv) in kv.layers().enumerate() {
             self.place(pages, At { layer, table }, kv, start, rope)?;
         }
         Ok(())
@@ -143,6 +143,31 @@ pub trait Device: Send + Sync + 'static {
         &self,
         pages: &Self::Pages,
         at: At<'_>,
+        qkv: &Self::Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+    ) -> Self::Rows;
+    /// As [`scatter`](Self::scatter) where every row is of another sequence: row `i` goes to `tables[i]`.
+    ///
+    /// # Errors
+    /// A device fault.
+    #[allow(clippy::too_many_arguments)]
+    fn scatter_each(
+        &self,
+        pages: &mut Self::Pages,
+        layer: usize,
+        tables: &[&[u32]],
+        qkv: &mut Self::Rows,
+        geometry: &Geometry,
+        positions: &[u32],
+        rope: &RopeTable,
+    ) -> Result<(), Error>;
+    /// As [`attend_rows`](Self::attend_rows) where every row is of another sequence (positions in any order).
+    fn attend_each(
+        &self,
+        pages: &Self::Pages,
+        layer: usize,
+        tables: &[&[u32]],
         qkv: &Self::Rows,
         geometry: &Geometry,
         positions: &[u32],

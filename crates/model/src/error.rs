@@ -50,6 +50,12 @@ pub enum Error {
         /// Pages there are.
         total: usize,
     },
+    /// The model gave no number: its weights are damaged or too large for the arithmetic.
+    #[error("the logit of token {token} is not a number")]
+    NoNumber {
+        /// Whose logit it is.
+        token: usize,
+    },
     /// A tensor operation failed; a bug or a device fault.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

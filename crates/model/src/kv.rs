@@ -1,6 +1,6 @@
 //! KV on the host, as it is stored: position-free keys.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// One layer's keys and values: K `[kv_heads, tokens, head_dim]` before rotation, then V of the same shape.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,31 +49,58 @@ impl LayerKv {
     }
 }
 
-/// KV of one section over all layers; cheap to clone.
+/// KV of one section over all layers, which may arrive one by one; cheap to clone, clones share what arrives.
 #[derive(Clone, Debug)]
 pub struct ChunkKv {
-    layers: Arc<[LayerKv]>,
+    layers: Arc<[OnceLock<LayerKv>]>,
+    tokens: usize,
 }
 
 impl ChunkKv {
     /// Takes one entry per layer.
     pub fn new(layers: Vec<LayerKv>) -> Self {
-        Self { layers: layers.into() }
+        let tokens = layers.first().map_or(0, |layer| layer.tokens);
+        Self { layers: layers.into_iter().map(OnceLock::from).collect(), tokens }
     }
 
-    /// The layers in order.
-    pub fn layers(&self) -> &[LayerKv] {
-        &self.layers
+    /// KV of `tokens` tokens whose layers are still on their way.
+    pub fn arriving(layers: usize, tokens: usize) -> Self {
+        Self { layers: (0..layers).map(|_| OnceLock::new()).collect(), tokens }
+    }
+
+    /// A layer has come; one that was here stays.
+    ///
+    /// # Panics
+    /// When there is no such layer or it has another number of tokens.
+    pub fn arrive(&self, layer: usize, kv: LayerKv) {
+        assert_eq!(kv.tokens, self.tokens, "a layer of another section");
+        // Both are the same section's: whichever came first will do.
+        let _ = self.layers[layer].set(kv);
+    }
+
+    /// A layer, if it has come.
+    pub fn layer(&self, layer: usize) -> Option<&LayerKv> {
+        self.layers.get(layer)?.get()
+    }
+
+    /// The layers that have come, in order up to the first that has not.
+    pub fn layers(&self) -> impl Iterator<Item = &LayerKv> {
+        self.layers.iter().map_while(OnceLock::get)
+    }
+
+    /// Whether all layers have come.
+    pub fn complete(&self) -> bool {
+        self.layers.iter().all(|layer| layer.get().is_some())
     }
 
     /// Tokens.
     pub fn tokens(&self) -> usize {
-        self.layers.first().map_or(0, |layer| layer.tokens)
+        self.tokens
     }
 
     /// Bytes held in memory.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().map(|layer| layer.data.len() * size_of::<f32>()).sum()
+        self.layers().map(|layer| layer.data.len() * size_of::<f32>()).sum()
     }
 }
 
@@ -114,5 +141,18 @@ mod tests {
         all.append(&c, 1);
         assert_eq!(all.data, [1.0, 2.0, 3.0, 11.0, 12.0, 13.0]);
         assert_eq!(all.strip(2, 1), c);
+    }
+
+    #[test]
+    fn layers_arrive_in_any_order_and_once() {
+        let layer = |value| LayerKv { data: vec![value; 4], tokens: 2 };
+        let kv = ChunkKv::arriving(2, 2);
+        let seen = kv.clone();
+        kv.arrive(1, layer(1.0));
+        assert_eq!((seen.layers().count(), seen.layer(1), seen.complete()), (0, Some(&layer(1.0)), false));
+        kv.arrive(0, layer(0.0));
+        kv.arrive(1, layer(7.0));
+        assert!(seen.complete());
+        assert_eq!(seen.layers().map(|layer| layer.data[0]).collect::<Vec<_>>(), [0.0, 1.0]);
     }
 }

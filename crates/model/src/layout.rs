@@ -37,7 +37,7 @@ fn computed_with(weights: [u8; 32], config: &Config) -> [u8; 32] {
 /// Every layer's little-endian bytes, as [`cacheclip_chunk::Parts`] takes them.
 pub fn to_bytes(kv: &ChunkKv) -> Vec<Vec<u8>> {
     let layer = |layer: &LayerKv| layer.data.iter().flat_map(|value| value.to_le_bytes()).collect();
-    kv.layers().iter().map(layer).collect()
+    kv.layers().map(layer).collect()
 }
 
 /// A layer from its little-endian bytes. Bytes of a network buffer need not be aligned for `f32`.

@@ -23,6 +23,7 @@ pub mod layout;
 pub mod load;
 pub mod pages;
 pub mod sample;
+pub mod walk;
 
 pub use cacheclip_kernels::probe::Reduce;
 pub use cacheclip_kernels::vectors;
@@ -30,3 +31,4 @@ pub use cpu::Cpu;
 pub use decoder::{Decoder, Logits, Pass, Probe};
 pub use device::Device;
 pub use error::Error;
+pub use walk::{Batch, Collect, Walk};

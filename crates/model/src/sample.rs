@@ -22,7 +22,12 @@ impl Default for Options {
 }
 
 /// Draws tokens from logits.
-pub struct Sampler(LogitsProcessor);
+pub struct Sampler(Draw);
+
+enum Draw {
+    Greedy,
+    Random(LogitsProcessor),
+}
 
 impl std::fmt::Debug for Sampler {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -35,11 +40,11 @@ impl Sampler {
     pub fn new(options: Options) -> Self {
         let temperature = f64::from(options.temperature);
         let sampling = match options {
-            Options { temperature: 0.0, .. } => Sampling::ArgMax,
+            Options { temperature: 0.0, .. } => return Self(Draw::Greedy),
             Options { top_p, .. } if top_p < 1.0 => Sampling::TopP { p: f64::from(top_p), temperature },
             _ => Sampling::All { temperature },
         };
-        Self(LogitsProcessor::from_sampling(options.seed, sampling))
+        Self(Draw::Random(LogitsProcessor::from_sampling(options.seed, sampling)))
     }
 
     /// The next token from logits `[vocab]`.
@@ -47,8 +52,27 @@ impl Sampler {
     /// # Errors
     /// Logits that are not numbers.
     pub fn next(&mut self, logits: &[f32]) -> Result<u32, Error> {
-        Ok(self.0.sample(&Tensor::from_slice(logits, logits.len(), &Device::Cpu)?)?)
+        match &mut self.0 {
+            Draw::Greedy => greedy(logits),
+            Draw::Random(processor) => {
+                Ok(processor.sample(&Tensor::from_slice(logits, logits.len(), &Device::Cpu)?)?)
+            }
+        }
     }
+}
+
+/// The first of the largest.
+fn greedy(logits: &[f32]) -> Result<u32, Error> {
+    let mut best = (0, f32::NEG_INFINITY);
+    for (token, &logit) in logits.iter().enumerate() {
+        if logit.is_nan() {
+            return Err(Error::NoNumber { token });
+        }
+        if logit > best.1 {
+            best = (token, logit);
+        }
+    }
+    Ok(best.0 as u32)
 }
 
 /// Watches generated text for texts that end it.

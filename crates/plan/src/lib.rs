@@ -5,11 +5,13 @@
 
 mod assembly;
 mod cacheclip;
+mod load;
 mod overlap;
 mod paper;
 mod policy;
 
 pub use assembly::{Assembly, Counts};
 pub use cacheclip::{Settings, fuse};
+pub use load::{Cost, Server, Way, divide};
 pub use overlap::{Scored, scores_of_tokens};
 pub use policy::{Error, Policy, Rung, Selection, Signals, choose_rung, select};

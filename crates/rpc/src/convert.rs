@@ -76,6 +76,7 @@ impl MissReason {
             Self::Timeout => "timeout",
             Self::Unavailable => "unavailable",
             Self::Deleted => "deleted",
+            Self::Cost => "cost",
         }
     }
 }
@@ -108,7 +109,7 @@ mod tests {
             let tier = Tier::try_from(value).expect("a tier");
             assert_eq!(tier.as_str_name(), format!("TIER_{}", tier.label().to_uppercase()));
         }
-        for value in 0..=7 {
+        for value in 0..=8 {
             let reason = MissReason::try_from(value).expect("a reason");
             assert_eq!(reason.as_str_name(), format!("MISS_REASON_{}", reason.label().to_uppercase()));
         }

@@ -87,12 +87,14 @@ pub fn scope<F: Future>(id: RequestId, future: F) -> impl Future<Output = F::Out
 }
 
 /// Spawns `work` as part of the current request: with its id, its trace and its span in the logs.
-pub fn spawn(work: impl Future<Output = ()> + Send + 'static) {
+pub fn spawn<T: Send + 'static>(
+    work: impl Future<Output = T> + Send + 'static,
+) -> tokio::task::JoinHandle<T> {
     use tracing::Instrument as _;
     match current() {
         Some(id) => tokio::spawn(scope(id, work).in_current_span()),
         None => tokio::spawn(work.in_current_span()),
-    };
+    }
 }
 
 /// Adds the current id and trace to a call to another service.

@@ -268,7 +268,7 @@ impl Auxiliary {
             Probe::new(at[0], end, layers, Reduce::Max, Reduce::Max).largest_over_layers().row_by_row();
         let table = workspace.sequence.table();
         let pass = Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(&ids, &at, table) };
-        self.decoder.forward_layered(&mut workspace.pages, pass, &mut |_, _| Ok(()))?;
+        self.decoder.forward(&mut workspace.pages, pass)?;
         let mut total = scores.to_vec();
         for (&position, row) in best.iter().zip(probe.scores().chunks_exact(end)) {
             let chunk = chunk_of(position);

@@ -161,6 +161,8 @@ impl Sections {
             ratio: request.ratio,
             strict: request.strict,
             sampling: Some(request.sampling.clone()),
+            // Without the caller's salt: who salts does not get more turns.
+            tenant: id_bytes(self.secret.scope(Scope::Tenant(&request.tenant), "").as_bytes()),
         };
         // Without reuse nothing is looked up.
         let reusable =

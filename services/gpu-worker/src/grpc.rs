@@ -1,8 +1,8 @@
 //! The `Worker` service: loads beside scoring, plans, hands over to the engine, streams what comes out.
 
-use crate::engine::{self, Engine, Event, Generation, Outcome, Placed};
+use crate::engine::{self, Engine, Event, Generation, Outcome, Placed, Tenant};
 use crate::layout::{Anchor, Layout};
-use crate::loader::{self, Found, Loader};
+use crate::loader::{self, Found, Loader, Opened};
 use crate::metrics;
 use crate::report;
 use crate::request::{self, Limits, Request};
@@ -42,6 +42,7 @@ pub(crate) struct Shared {
     pub(crate) importance_timeout: Duration,
     pub(crate) fuse_rank: bool,
     pub(crate) probe: bool,
+    pub(crate) pipeline: bool,
     pub(crate) sets: Cache<[u8; 32], Set>,
     pub(crate) announcer: Announcer,
 }
@@ -136,39 +137,75 @@ impl Shared {
         received: Instant,
         events: &mpsc::Sender<Result<v1::WorkerEvent, Status>>,
     ) -> Result<(), Status> {
+        // What this request will need of the engine is known to others from now on.
+        let owed = self.engine.owe(request.rows());
         let full = request.policy == Policy::Full;
         let load = async {
-            let found = if full { Ok(Vec::new()) } else { self.loader.load(&request.wanted).await };
-            (found, received.elapsed().as_secs_f64())
+            let opened = match full {
+                true => Ok(Opened::default()),
+                false => self.load(&request).await,
+            };
+            (opened, received.elapsed().as_secs_f64())
         };
         // Loading and scoring run side by side; the slower of the two is what the request waits for.
-        let ((found, load_seconds), arrived) =
+        let ((opened, load_seconds), arrived) =
             tokio::join!(load, self.importance(&request, inbound, received));
-        let found = found.map_err(to_status)?;
-        let (rung, set) = self.rung(&request, &found, &arrived)?;
-        loader::count(&request.wanted, &found);
-        let generation = self.generation(&request, &found, rung, set, received);
-        let mut outcomes = self.engine.generate(generation).map_err(to_status)?;
-        let mut index = 0;
-        while let Some(event) = outcomes.recv().await {
-            let message = match event {
-                Event::Text(text) => {
-                    index += 1;
-                    let token = v1::WorkerToken { text, index: index - 1 };
-                    v1::worker_event::Event::Token(token)
+        let mut opened = opened.map_err(to_status)?;
+        let (rung, set) = self.rung(&request, &opened.found, &arrived)?;
+        let generation = self.generation(&request, &opened.found, rung, set, received);
+        let mut outcomes = self.engine.generate(generation, owed).map_err(to_status)?;
+        // The engine takes layers as they come. What cannot be had at all ends the request.
+        let mut relay = std::pin::pin!(async {
+            let mut index = 0;
+            while let Some(event) = outcomes.recv().await {
+                let text = match event {
+                    Event::Text(text) => text,
+                    Event::Done(outcome) => return Ok(Some(outcome)),
+                    Event::Failed(error) => return Err(to_status(error)),
+                };
+                let token = v1::WorkerToken { text, index };
+                index += 1;
+                let token = v1::WorkerEvent { event: Some(v1::worker_event::Event::Token(token)) };
+                if events.send(Ok(token)).await.is_err() {
+                    // Dropping `outcomes` tells the engine to stop.
+                    return Ok(None);
                 }
-                Event::Done(outcome) => {
-                    let stages = [("load", load_seconds), ("importance", arrived.seconds)];
-                    v1::worker_event::Event::Done(self.done(&request, &found, rung, *outcome, &stages))
-                }
-                Event::Failed(error) => return Err(to_status(error)),
-            };
-            if events.send(Ok(v1::WorkerEvent { event: Some(message) })).await.is_err() {
-                // Dropping `outcomes` tells the engine to stop.
-                return Ok(());
             }
-        }
+            Ok(None)
+        });
+        let outcome = {
+            let mut complete = std::pin::pin!(opened.complete());
+            tokio::select! {
+                biased;
+                outcome = &mut relay => match outcome? {
+                    // Of what the engine used, the last may have to be put away yet.
+                    Some(outcome) => complete.await.map(|()| outcome).map_err(to_status)?,
+                    None => return Ok(()),
+                },
+                came = &mut complete => {
+                    came.map_err(to_status)?;
+                    match relay.await? {
+                        Some(outcome) => outcome,
+                        None => return Ok(()),
+                    }
+                }
+            }
+        };
+        loader::count(&request.wanted, &opened.found);
+        let stages = [("load", load_seconds), ("importance", arrived.seconds)];
+        let done = v1::worker_event::Event::Done(self.done(&request, &opened.found, rung, *outcome, &stages));
+        // The caller may be gone.
+        let _ = events.send(Ok(v1::WorkerEvent { event: Some(done) })).await;
         Ok(())
+    }
+
+    /// Finds or computes all sections, or begins to load them.
+    async fn load(&self, request: &Request) -> Result<Opened, engine::Error> {
+        let mut opened = self.loader.open(&request.wanted, &request.tenant).await?;
+        if !self.pipeline {
+            opened.complete().await?;
+        }
+        Ok(opened)
     }
 
     /// Waits for the second message, if the policy has a use for it.
@@ -251,6 +288,7 @@ impl Shared {
         Generation {
             ids: request.ids(),
             assembly: request.assembly.clone(),
+            tenant: Tenant::clone(&request.tenant),
             placed,
             policy: request.policy,
             ratio: request.ratio,

@@ -3,12 +3,13 @@
 //! ```text
 //! grpc ── request (checked) ── loader ── ram │ stores │ engine.canonical ──► writer (behind)
 //!   │                             ║ beside: importance sets
-//!   └── engine thread: place → (probe) → plan → recompute + question → decode
+//!   └── engine thread, layer by layer as KV comes: place → recompute + question; then decode in one batch
 //! ```
 
 mod engine;
 mod grpc;
 mod layout;
+mod link;
 mod loader;
 pub mod metrics;
 mod options;
@@ -17,7 +18,7 @@ mod report;
 mod request;
 mod writer;
 
-pub use options::Options;
+pub use options::{Loading, Options};
 
 use anyhow::Context as _;
 use cacheclip_client::StoreClient;
@@ -71,9 +72,12 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let engine = Engine::start(
         loaded.decoder,
         composer.tokenizer().clone(),
-        pages,
-        options.queue,
-        options.shadow_ratio,
+        engine::Options {
+            pages,
+            queue: options.queue,
+            prefill_rows: options.prefill_rows,
+            shadow_ratio: options.shadow_ratio,
+        },
     )?;
     metrics::cache_config(cacheclip_kernels::page::PAGE_TOKENS, pages);
     let stores = match &options.stores[..] {
@@ -88,7 +92,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         writer,
         Arc::clone(&layout),
         Arc::clone(&anchor.ids),
-        seconds(options.load_timeout_seconds),
+        &options,
     );
     tracing::info!(model = options.model, layout = %layout.id, pages, "worker ready");
     let engine_watch = engine.clone();
@@ -105,6 +109,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         importance_timeout: seconds(options.importance_timeout_seconds),
         fuse_rank: options.fuse_static_rank,
         probe: options.probe,
+        pipeline: options.pipeline,
         sets: Cache::new(SETS),
         announcer: announcer.clone(),
     };

@@ -95,8 +95,8 @@ fn outcome(reason: Option<MissReason>) -> (&'static str, &'static str) {
 
 /// Every outcome there is.
 fn lookups() -> impl Iterator<Item = (&'static str, &'static str)> {
-    use MissReason::{Corrupt, Deleted, Evicted, Layout, NeverSeen, Timeout, Unavailable};
-    let reasons = [NeverSeen, Evicted, Layout, Corrupt, Timeout, Unavailable, Deleted].map(Some);
+    use MissReason::{Corrupt, Cost, Deleted, Evicted, Layout, NeverSeen, Timeout, Unavailable};
+    let reasons = [NeverSeen, Evicted, Layout, Corrupt, Timeout, Unavailable, Deleted, Cost].map(Some);
     std::iter::once(None).chain(reasons).map(outcome)
 }
 

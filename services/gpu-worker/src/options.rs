@@ -4,6 +4,19 @@ use cacheclip_service::ConnectOptions;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
+/// Whether chunks are loaded or computed where both would do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Loading {
+    /// What would be had sooner, by measured bandwidth, speed and what waits for either.
+    #[default]
+    Auto,
+    /// Loaded, whatever it takes.
+    Always,
+    /// Computed, as if there were no stores.
+    Never,
+}
+
 /// A worker's configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -32,10 +45,20 @@ pub struct Options {
     pub default_answer_tokens: usize,
     /// Jobs that may wait for the engine.
     pub queue: usize,
+    /// Rows of prefill, through all layers, between two decoding steps: what running answers wait for at most where
+    /// prompts are computed meanwhile.
+    pub prefill_rows: usize,
     /// Longest wait for importance sets before the next rung of the ladder.
     pub importance_timeout_seconds: f64,
     /// Longest wait for a chunk's layers before it is computed instead.
     pub load_timeout_seconds: f64,
+    /// Bytes of KV that may be on their way from the stores at a time; further loads wait.
+    pub load_bytes: u64,
+    /// Which of the chunks that the stores may have are loaded: `auto` (those that would be computed later),
+    /// `always`, `never`.
+    pub loading: Loading,
+    /// Compute a layer while the next one is loaded. Off: begin when everything has come.
+    pub pipeline: bool,
     /// Chunks that may wait to be written to the stores; one more is not stored.
     pub write_queue: usize,
     /// Fuse the static rank of ingest with the scorer's order.
@@ -61,8 +84,12 @@ impl Default for Options {
             max_tokens: 0,
             default_answer_tokens: 64,
             queue: 64,
+            prefill_rows: 64,
             importance_timeout_seconds: 5.0,
             load_timeout_seconds: 10.0,
+            load_bytes: 512 << 20,
+            loading: Loading::Auto,
+            pipeline: true,
             write_queue: 64,
             fuse_static_rank: false,
             probe: false,

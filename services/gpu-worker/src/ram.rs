@@ -1,5 +1,6 @@
 //! The worker's own tier: decoded, verified chunk KV in RAM under a byte cap.
 
+use crate::engine::Canonical;
 use cacheclip_chunk::ChunkKey;
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_service::residency;
@@ -16,6 +17,13 @@ pub(crate) struct Section {
     pub rank: Option<Arc<[u8]>>,
     /// Size of its container; 0 while it was never encoded.
     pub container_bytes: u64,
+}
+
+impl Section {
+    /// A section that was computed here.
+    pub(crate) fn of(canonical: &Canonical) -> Self {
+        Self { kv: canonical.kv.clone(), rank: Some(canonical.rank.clone().into()), container_bytes: 0 }
+    }
 }
 
 #[derive(Clone, Debug)]

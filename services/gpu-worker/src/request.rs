@@ -1,5 +1,6 @@
 //! From the protocol's sections to what the worker works on: parsed once, checked by field.
 
+use crate::engine::Tenant;
 use crate::layout::{Anchor, Layout};
 use crate::loader::Wanted;
 use crate::options::Options;
@@ -11,9 +12,14 @@ use cacheclip_rpc::status::{invalid, mismatch};
 use cacheclip_rpc::v1;
 use tonic::Status;
 
+/// Longest name of a tenant, in bytes.
+const MOST_TENANT: usize = 64;
+
 /// A checked request.
 #[derive(Debug)]
 pub(crate) struct Request {
+    /// Whose request it is.
+    pub tenant: Tenant,
     /// Prefix and chunks, in order.
     pub wanted: Vec<Wanted>,
     /// The question's token ids.
@@ -91,7 +97,11 @@ impl Request {
             );
             return Err(invalid("chunks", why));
         }
+        if sections.tenant.len() > MOST_TENANT {
+            return Err(invalid("tenant", format!("{} bytes; at most {MOST_TENANT}", sections.tenant.len())));
+        }
         Ok(Self {
+            tenant: sections.tenant[..].into(),
             wanted,
             question,
             assembly,
@@ -102,6 +112,15 @@ impl Request {
             max_tokens,
             stop: sampling.stop,
         })
+    }
+
+    /// Rows that will have to be computed, about, if all KV is found.
+    pub(crate) fn rows(&self) -> usize {
+        if self.policy == Policy::Full {
+            return self.assembly.total();
+        }
+        let ratio = self.ratio.unwrap_or_else(|| self.policy.default_ratio());
+        (self.assembly.candidate_rows() as f32 * ratio) as usize + self.question.len()
     }
 
     /// The prompt's token ids.

@@ -1,11 +1,12 @@
 //! One request inside the engine: what it needs, and how its tokens come out.
 
-use super::{Compute, Error};
+use super::Error;
+use super::job::{Prompt, fail};
+use super::turns::Tenant;
 use cacheclip_chunk::ByteSpan;
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::{Options, Sampler, StopTexts};
-use cacheclip_model::{Decoder, Device, Pass};
 use cacheclip_plan::{Assembly, Policy, Rung, Scored, Selection};
 use cacheclip_prompt::{Detokenizer, Tokenizer};
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use tokio::sync::mpsc;
 pub(crate) struct Placed {
     /// First position.
     pub start: usize,
-    /// Canonical KV.
+    /// Canonical KV; layers may still be on their way.
     pub kv: ChunkKv,
 }
 
@@ -28,6 +29,8 @@ pub(crate) struct Generation {
     pub ids: Vec<u32>,
     /// Its rows.
     pub assembly: Assembly,
+    /// Whose request it is.
+    pub tenant: Tenant,
     /// Prefix and chunks with their KV; unused when the prompt is computed in context.
     pub placed: Vec<Placed>,
     /// How rows are chosen.
@@ -64,6 +67,35 @@ impl Generation {
     /// Whether the whole prompt is computed in context, nothing reused.
     pub(crate) fn in_context(&self) -> bool {
         self.policy == Policy::Full || self.rung == Rung::FullPrefill
+    }
+
+    /// What is placed before rows are computed.
+    pub(super) fn sections(&self) -> &[Placed] {
+        if self.in_context() { &[] } else { &self.placed }
+    }
+
+    /// The same prompt, to be computed in context.
+    pub(super) fn shadow(&self) -> Self {
+        Self {
+            ids: self.ids.clone(),
+            assembly: self.assembly.clone(),
+            tenant: Tenant::clone(&self.tenant),
+            placed: Vec::new(),
+            policy: Policy::Full,
+            ratio: None,
+            scored: None,
+            spans: Vec::new(),
+            rank: None,
+            fuse_rank: false,
+            probe: false,
+            rung: Rung::None,
+            sampling: Options::default(),
+            max_tokens: 0,
+            stop: Vec::new(),
+            eos: Vec::new(),
+            received: Instant::now(),
+            queued: Instant::now(),
+        }
     }
 
     /// The ratio asked for, or the policy's own.
@@ -128,16 +160,13 @@ pub(super) struct Running {
     text: Detokenizer,
     events: mpsc::Sender<Event>,
     began: Instant,
+    ended: bool,
 }
 
 impl Running {
     /// Emits the first token; `None` when that was the whole answer.
-    pub(super) fn start(
-        generation: Generation,
-        first: First,
-        events: mpsc::Sender<Event>,
-        tokenizer: &Tokenizer,
-    ) -> Option<Self> {
+    pub(super) fn start(prompt: Prompt, first: First, tokenizer: &Tokenizer) -> Option<Self> {
+        let Prompt { generation, events, .. } = prompt;
         let mut running = Self {
             next: first.token,
             first,
@@ -149,37 +178,52 @@ impl Running {
             text: Detokenizer::new(tokenizer.clone()),
             events,
             began: Instant::now(),
+            ended: false,
         };
-        running.emit().then_some(running)
+        running.emit();
+        (!running.ended).then_some(running)
     }
 
-    /// Decodes and emits one token; false when the sequence has ended.
-    pub(super) fn step(
-        &mut self,
-        decoder: &Decoder<Compute>,
-        pages: &mut <Compute as Device>::Pages,
-    ) -> bool {
-        if self.events.is_closed() {
-            return false;
-        }
-        let (ids, positions) = ([self.next], [self.position as u32]);
-        let pass = Pass::new(&ids, &positions, self.first.sequence.table());
-        let drawn = decoder.forward(pages, pass).and_then(|logits| self.first.sampler.next(&logits));
-        match drawn {
+    /// Whether the answer is complete or failed.
+    pub(super) fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Whether the caller went away.
+    pub(super) fn abandoned(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// The token to compute next, and its position.
+    pub(super) fn next(&self) -> (u32, u32) {
+        (self.next, self.position as u32)
+    }
+
+    /// The sequence's pages.
+    pub(super) fn table(&self) -> &[u32] {
+        self.first.sequence.table()
+    }
+
+    /// Draws a token from the logits of the last one and emits it.
+    pub(super) fn take(&mut self, logits: &[f32]) {
+        match self.first.sampler.next(logits) {
             Ok(token) => {
                 self.next = token;
                 self.position += 1;
-                self.emit()
+                self.emit();
             }
-            Err(error) => {
-                super::fail(&self.events, error.into());
-                false
-            }
+            Err(error) => self.fail(error.into()),
         }
     }
 
-    /// Sends what `next` adds to the text; true while the answer goes on.
-    fn emit(&mut self) -> bool {
+    /// Tells the reader that the answer cannot be completed.
+    pub(super) fn fail(&mut self, error: Error) {
+        self.ended = true;
+        fail(&self.events, error);
+    }
+
+    /// Sends what `next` adds to the text.
+    fn emit(&mut self) {
         self.generated += 1;
         if self.eos.contains(&self.next) {
             return self.finish(true);
@@ -187,9 +231,8 @@ impl Running {
         let (shown, stopped) = self.stops.push(&self.text.push(self.next));
         self.send_text(shown);
         if stopped || self.generated >= self.max_tokens {
-            return self.finish(stopped);
+            self.finish(stopped);
         }
-        true
     }
 
     fn send_text(&self, text: String) {
@@ -199,7 +242,8 @@ impl Running {
         }
     }
 
-    fn finish(&mut self, stopped: bool) -> bool {
+    fn finish(&mut self, stopped: bool) {
+        self.ended = true;
         let rest = self.stops.flush();
         self.send_text(rest);
         let mut stages = std::mem::take(&mut self.first.stages);
@@ -213,6 +257,5 @@ impl Running {
             stages,
         };
         let _ = self.events.try_send(Event::Done(Box::new(outcome)));
-        false
     }
 }

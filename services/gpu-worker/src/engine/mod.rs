@@ -1,26 +1,34 @@
 //! The engine: one OS thread owns the model's device and everything that touches it.
 //!
-//! Jobs arrive over a bounded channel. Each turn of the loop starts at most one new piece of prefill work and
-//! then decodes one token of every running sequence, so a long queue of prompts never starves an answer that
-//! is already being written.
+//! ```text
+//! jobs ──► waiting ──pages──► prefills ──first token──► running
+//!     └──► encoder (canonical KV, pages of its own)
+//! ```
+//!
+//! Prefill is done in steps of one block of rows through one layer ([`cacheclip_model::walk`]). Between decoding steps
+//! there are only so many, and tenants take turns at them: a long prompt or many of them stall neither running answers
+//! nor other tenants' prompts. Who goes away frees pages within a step.
 
+mod encode;
 mod generation;
+mod job;
 mod prefill;
 mod shadow;
+mod thread;
+mod turns;
 
+pub(crate) use encode::{Canonical, RANK_VERSION};
 pub(crate) use generation::{Event, Generation, Outcome, Placed};
-pub(crate) use prefill::Canonical;
-pub(crate) use prefill::RANK_VERSION;
+pub(crate) use turns::Tenant;
 
 use cacheclip_model::kv::ChunkKv;
-use cacheclip_model::pages::{Allocator, Sequence};
-use cacheclip_model::{Cpu, Decoder, Device};
+use cacheclip_model::{Cpu, Decoder};
 use cacheclip_prompt::Tokenizer;
-use generation::Running;
-use shadow::{Rate, Shadow};
-use std::collections::VecDeque;
+pub(crate) use job::Owed;
+use job::{Job, Load, Prompt, Section};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
+use thread::Thread;
 use tokio::sync::{mpsc, oneshot};
 
 /// The device this build computes on.
@@ -51,91 +59,76 @@ pub(crate) enum Error {
     Model(#[from] cacheclip_model::Error),
 }
 
-enum Job {
-    /// Canonical KV of a section: computed behind `behind` (empty for a prefix).
-    Canonical {
-        behind: Arc<[u32]>,
-        ids: Vec<u32>,
-        reply: oneshot::Sender<Result<Canonical, Error>>,
-    },
-    Generate {
-        generation: Box<Generation>,
-        events: mpsc::Sender<Event>,
-    },
+/// What an engine can be told.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    /// KV budget in pages.
+    pub(crate) pages: usize,
+    /// Jobs that may wait.
+    pub(crate) queue: usize,
+    /// Rows of prefill, through all layers, between two decoding steps.
+    pub(crate) prefill_rows: usize,
+    /// Share of greedy requests that are computed in context, too, to compare.
+    pub(crate) shadow_ratio: f64,
 }
 
-impl Job {
-    fn positions(&self) -> usize {
-        match self {
-            Self::Canonical { behind, ids, .. } => behind.len() + ids.len(),
-            Self::Generate { generation, .. } => generation.positions(),
-        }
-    }
-
-    /// Whether nobody waits for the result any more.
-    fn abandoned(&self) -> bool {
-        match self {
-            Self::Canonical { reply, .. } => reply.is_closed(),
-            Self::Generate { events, .. } => events.is_closed(),
-        }
-    }
-
-    fn fail(self, error: Error) {
-        match self {
-            // As below: a closed channel has no reader left to tell.
-            Self::Canonical { reply, .. } => drop(reply.send(Err(error))),
-            Self::Generate { events, .. } => fail(&events, error),
-        }
-    }
-}
-
-/// Handle to the engine thread; cheap to clone. The thread ends when the last handle is dropped.
+/// Handle to the engine thread; cheap to clone. The thread ends when the last handle is dropped and the work is done.
 #[derive(Clone, Debug)]
 pub(crate) struct Engine {
+    // Before the alarm: it rings when the last sender is gone.
     jobs: mpsc::Sender<Job>,
+    alarm: Arc<Alarm>,
     load: Arc<Load>,
 }
 
-/// What the engine has to do, as others may see it.
-#[derive(Debug, Default)]
-struct Load {
-    /// Jobs taken from the channel that have not begun.
-    waiting: AtomicU32,
-    /// Sequences being decoded.
-    running: AtomicU32,
+/// Wakes the engine thread, at last when it goes.
+#[derive(Debug)]
+struct Alarm(std::thread::Thread);
+
+impl Alarm {
+    fn ring(&self) {
+        self.0.unpark();
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        self.ring();
+    }
 }
 
 impl Engine {
-    /// Starts the thread. `pages` is the KV budget in pages, `queue` the number of jobs that may wait,
-    /// `shadow_ratio` the share of greedy requests that are computed in context, too, to compare.
+    /// Starts the thread.
     ///
     /// # Errors
     /// The device cannot hold the pages, or no thread can be started.
     pub(crate) fn start(
         decoder: Decoder<Compute>,
         tokenizer: Tokenizer,
-        pages: usize,
-        queue: usize,
-        shadow_ratio: f64,
+        options: Options,
     ) -> anyhow::Result<Self> {
-        let (jobs, inbox) = mpsc::channel(queue);
-        let allocator = Allocator::new(pages);
-        let pages = decoder.pages(allocator.total())?;
+        let (jobs, inbox) = mpsc::channel(options.queue);
         let load = Arc::<Load>::default();
-        let state = Thread {
-            load: Arc::clone(&load),
-            rate: Rate::default(),
-            shadow: Shadow::new(shadow_ratio),
-            decoder,
-            tokenizer,
-            pages,
-            allocator,
-            waiting: VecDeque::new(),
-            running: Vec::new(),
-            queue,
-        };
-        std::thread::Builder::new().name("engine".into()).spawn(move || state.run(inbox))?;
-        Ok(Self { jobs, load })
+        let state = Thread::new(decoder, tokenizer, &options, inbox, Arc::clone(&load))?;
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || state.run())?;
+        Ok(Self { jobs, alarm: Arc::new(Alarm(thread.thread().clone())), load })
+    }
+
+    /// A layer that a prompt may wait for has come.
+    pub(crate) fn wake(&self) {
+        self.alarm.ring();
+    }
+
+    /// Seconds until the engine has computed what it was asked for, and seconds per further row; `None` while it
+    /// does not know its own speed.
+    pub(crate) fn backlog(&self) -> Option<(f64, f64)> {
+        let per_row = self.load.seconds_per_row()?;
+        Some((per_row * self.load.rows() as f64, per_row))
+    }
+
+    /// Says that so many rows will be asked for, until what is returned goes.
+    pub(crate) fn owe(&self, rows: usize) -> Owed {
+        self.load.owe(rows)
     }
 
     /// Requests that wait, and requests that run.
@@ -154,9 +147,17 @@ impl Engine {
     ///
     /// # Errors
     /// The engine stopped or the model failed.
-    pub(crate) async fn canonical(&self, behind: Arc<[u32]>, ids: Vec<u32>) -> Result<Canonical, Error> {
+    pub(crate) async fn canonical(
+        &self,
+        behind: Arc<[u32]>,
+        ids: Vec<u32>,
+        tenant: Tenant,
+    ) -> Result<Canonical, Error> {
         let (reply, answer) = oneshot::channel();
-        self.jobs.send(Job::Canonical { behind, ids, reply }).await.map_err(|_| Error::Stopped)?;
+        let owed = self.load.owe(behind.len() + ids.len());
+        let section = Section { behind, ids, tenant, reply, _owed: owed };
+        self.jobs.send(Job::Encode(section)).await.map_err(|_| Error::Stopped)?;
+        self.alarm.ring();
         answer.await.map_err(|_| Error::Stopped)?
     }
 
@@ -164,107 +165,46 @@ impl Engine {
     ///
     /// # Errors
     /// The queue is full or the engine stopped.
-    pub(crate) fn generate(&self, generation: Generation) -> Result<mpsc::Receiver<Event>, Error> {
+    pub(crate) fn generate(&self, generation: Generation, owed: Owed) -> Result<Events, Error> {
         // Room for every event there can be: the engine never waits for a slow reader.
-        let (events, receiver) = mpsc::channel(generation.max_tokens + 2);
-        let job = Job::Generate { generation: Box::new(generation), events };
-        match self.jobs.try_send(job) {
-            Ok(()) => Ok(receiver),
+        let (events, inbox) = mpsc::channel(generation.max_tokens + 2);
+        let prompt = Prompt { generation: Box::new(generation), events, _owed: owed };
+        match self.jobs.try_send(Job::Answer(prompt)) {
+            Ok(()) => {
+                self.alarm.ring();
+                Ok(Events { inbox, alarm: Arc::clone(&self.alarm) })
+            }
             Err(mpsc::error::TrySendError::Full(_)) => Err(Error::Busy),
             Err(mpsc::error::TrySendError::Closed(_)) => Err(Error::Stopped),
         }
     }
 }
 
-/// What the engine thread owns.
-struct Thread {
-    decoder: Decoder<Compute>,
-    tokenizer: Tokenizer,
-    pages: <Compute as Device>::Pages,
-    allocator: Allocator,
-    waiting: VecDeque<Job>,
-    running: Vec<Running>,
-    queue: usize,
-    load: Arc<Load>,
-    rate: Rate,
-    shadow: Shadow,
+/// What comes of a generation. Dropping it tells the engine to stop.
+#[derive(Debug)]
+pub(crate) struct Events {
+    inbox: mpsc::Receiver<Event>,
+    alarm: Arc<Alarm>,
 }
 
-impl Thread {
-    fn run(mut self, mut inbox: mpsc::Receiver<Job>) {
-        loop {
-            let idle = self.running.is_empty() && self.waiting.is_empty();
-            let job = if idle {
-                match inbox.blocking_recv() {
-                    Some(job) => Some(job),
-                    None => return,
-                }
-            } else if self.waiting.len() < self.queue {
-                inbox.try_recv().ok()
-            } else {
-                None
-            };
-            self.waiting.extend(job);
-            self.admit();
-            self.decode();
-            self.load.waiting.store(self.waiting.len() as u32, Ordering::Relaxed);
-            self.load.running.store(self.running.len() as u32, Ordering::Relaxed);
-            crate::metrics::requests(inbox.len() + self.waiting.len(), self.running.len());
-            crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
-        }
-    }
-
-    /// Does the first waiting job, if there are pages for it; running sequences that hold them are waited for,
-    /// in order.
-    fn admit(&mut self) {
-        let Some(job) = self.waiting.pop_front() else { return };
-        if job.abandoned() {
-            return;
-        }
-        match self.allocator.sequence(job.positions()) {
-            Ok(sequence) => self.begin(job, sequence),
-            Err(cacheclip_model::Error::OutOfPages { wanted, total, .. }) if wanted > total => {
-                job.fail(Error::TooLarge { wanted, total });
-            }
-            Err(_) => self.waiting.push_front(job),
-        }
-    }
-
-    fn begin(&mut self, job: Job, sequence: Sequence) {
-        match job {
-            Job::Canonical { behind, ids, reply } => {
-                // A caller that went away does not want the answer.
-                let _ = reply.send(self.canonical(&behind, &ids, &sequence));
-            }
-            Job::Generate { generation, events } => {
-                let shadowed = self.shadow.turn(&generation);
-                match self.prefill(&generation, sequence) {
-                    Ok(first) => {
-                        let token = first.token;
-                        self.running.extend(Running::start(*generation, first, events, &self.tokenizer));
-                        if let Some(ids) = shadowed {
-                            self.compare(&ids, token);
-                        }
-                    }
-                    Err(error) => fail(&events, error),
-                }
-            }
-        }
-    }
-
-    /// One token for every running sequence.
-    fn decode(&mut self) {
-        let (decoder, pages) = (&self.decoder, &mut self.pages);
-        self.running.retain_mut(|running| running.step(decoder, pages));
+impl Events {
+    /// The next event; `None` behind the last.
+    pub(crate) async fn recv(&mut self) -> Option<Event> {
+        self.inbox.recv().await
     }
 }
 
-fn fail(events: &mpsc::Sender<Event>, error: Error) {
-    // The channel has room for every event; a closed one has no reader left to tell.
-    let _ = events.try_send(Event::Failed(error));
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.inbox.close();
+        self.alarm.ring();
+    }
 }
 
 /// Bytes a chunk's KV takes in memory.
 pub(crate) fn weight(kv: &ChunkKv) -> u64 {
     kv.bytes() as u64
 }
+
+#[cfg(test)]
+mod tests;

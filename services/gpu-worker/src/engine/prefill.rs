@@ -1,109 +1,245 @@
-//! From sections to a first token: canonical KV, assembly, selection, repair.
+//! From sections to a first token, in steps of one block of rows through one layer: assembly, selection, repair.
+//!
+//! A section's KV is placed just ahead of the layer that needs it, so that a request begins when the first layers have
+//! come and computes while the others are on their way.
 
 use super::generation::{First, Generation};
-use super::{Error, Thread};
-use cacheclip_model::kv::{ChunkKv, Export};
+use super::job::Prompt;
+use super::turns::Tenant;
+use super::{Compute, Error};
+use cacheclip_model::device::At;
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::Sampler;
-use cacheclip_model::{Logits, Pass, Probe, Reduce};
+use cacheclip_model::{Collect, Decoder, Device, Logits, Probe, Reduce, Walk};
 use cacheclip_plan::{Rung, Selection, Signals, select};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// A section's canonical KV with what ingest learns about its tokens.
-#[derive(Clone, Debug)]
-pub(crate) struct Canonical {
-    /// Position-free KV, anchor stripped.
-    pub kv: ChunkKv,
-    /// Static rank per token, 255 for the token that the chunk's own later tokens look at most.
-    pub rank: Vec<u8>,
+/// A prompt on its way to its first token.
+pub(super) struct Prefill {
+    pub(super) prompt: Prompt,
+    sequence: Sequence,
+    walk: Walk<Compute>,
+    block_rows: usize,
+    goal: Goal,
+    /// Sections' KV is placed at the layers before this one.
+    placed: usize,
+    admitted: Instant,
+    stages: Stages,
+    /// Of a shadow: the first token that was given; nobody reads what comes out.
+    pub(super) shadows: Option<u32>,
 }
 
-/// Version of the static rank's algorithm: mean attention a token receives from the rows that see it, over
-/// all heads and layers, as ranks.
-pub(crate) const RANK_VERSION: u16 = 1;
+/// What the rows that are under way are for.
+enum Goal {
+    /// The primary's own question attention on the stale cache.
+    Probe(Probe),
+    /// The first token, with these rows recomputed.
+    Repair(Selection),
+}
 
-impl Thread {
-    /// Computes a section behind its anchor and strips the anchor.
-    pub(super) fn canonical(
-        &mut self,
-        behind: &[u32],
-        ids: &[u32],
-        sequence: &Sequence,
-    ) -> Result<Canonical, Error> {
-        let began = Instant::now();
-        let all = [behind, ids].concat();
-        let positions: Vec<u32> = (0..all.len() as u32).collect();
-        let mut export = Export::default();
-        let layers = 0..self.decoder.config().layers;
-        let mut probe = Probe::new(behind.len() as u32, all.len(), layers, Reduce::Mean, Reduce::Mean);
-        let pass = Pass {
-            logits: Logits::None,
-            export: Some(&mut export),
-            probe: Some(&mut probe),
-            ..Pass::new(&all, &positions, sequence.table())
-        };
-        self.decoder.forward(&mut self.pages, pass)?;
-        self.rate.saw(all.len(), began.elapsed());
-        let kv = export.finish(behind.len(), self.decoder.config().head_dim);
-        Ok(Canonical { kv, rank: ranks(&probe.scores()[behind.len()..]) })
-    }
+/// Own time by stage, in order of first use.
+#[derive(Debug, Default)]
+struct Stages(Vec<(&'static str, Duration)>);
 
-    /// Assembles, selects, recomputes and draws the first token.
-    pub(super) fn prefill(&mut self, generation: &Generation, sequence: Sequence) -> Result<First, Error> {
-        let mut stages = vec![("queue", generation.queued.elapsed().as_secs_f64())];
-        let began = Instant::now();
-        let mut last = began;
-        let mut lap = |name: &'static str| {
-            stages.push((name, last.elapsed().as_secs_f64()));
-            last = Instant::now();
-        };
-        let table = sequence.table();
-        let (logits, selection) = if generation.in_context() {
-            let positions: Vec<u32> = (0..generation.ids.len() as u32).collect();
-            let logits =
-                self.decoder.forward(&mut self.pages, Pass::new(&generation.ids, &positions, table))?;
-            lap("prefill");
-            self.rate.saw(generation.ids.len(), began.elapsed());
-            (logits, Selection::in_context(&generation.assembly, generation.nominal()))
-        } else {
-            for section in &generation.placed {
-                self.decoder.place(&mut self.pages, table, &section.kv, section.start)?;
-            }
-            lap("place");
-            let probed = generation.probe.then(|| self.probe(generation, table)).transpose()?;
-            if probed.is_some() {
-                lap("probe");
-            }
-            let selection = plan(generation, probed.as_deref())?;
-            lap("plan");
-            let question = generation.assembly.question();
-            let rows: Vec<u32> =
-                selection.rows.iter().copied().chain(question.start as u32..question.end as u32).collect();
-            let ids: Vec<u32> = rows.iter().map(|&row| generation.ids[row as usize]).collect();
-            let logits = self.decoder.forward(&mut self.pages, Pass::new(&ids, &rows, table))?;
-            lap("recompute");
-            (logits, selection)
-        };
-        if !generation.in_context() {
-            crate::metrics::saved(self.rate.saved(generation.ids.len(), began.elapsed()));
+impl Stages {
+    fn add(&mut self, name: &'static str, took: Duration) {
+        match self.0.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, sum)) => *sum += took,
+            None => self.0.push((name, took)),
         }
-        let mut sampler = Sampler::new(generation.sampling);
-        let token = sampler.next(&logits)?;
-        Ok(First { token, sampler, sequence, selection, stages, ttft: generation.received.elapsed() })
     }
 
-    /// The primary's own question attention on the stale cache, one value per reused row.
-    fn probe(&mut self, generation: &Generation, table: &[u32]) -> Result<Vec<f32>, Error> {
-        let (question, reused) = (generation.assembly.question(), generation.assembly.reused());
-        let positions: Vec<u32> = (question.start as u32..question.end as u32).collect();
-        let layers = 0..self.decoder.config().layers;
-        let mut probe = Probe::new(positions[0], reused.end, layers, Reduce::Max, Reduce::Max);
-        let ids = &generation.ids[question];
-        let pass =
-            Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(ids, &positions, table) };
-        self.decoder.forward(&mut self.pages, pass)?;
-        Ok(probe.scores().split_off(reused.start))
+    fn sum(&self) -> Duration {
+        self.0.iter().map(|(_, took)| *took).sum()
     }
+}
+
+/// A prompt whose first token is known.
+pub(super) struct Ready {
+    pub(super) prompt: Prompt,
+    pub(super) first: First,
+    /// Own time, other requests' turns left out.
+    pub(super) spent: Duration,
+}
+
+impl Prefill {
+    /// Admits a prompt to the pages of `sequence`.
+    ///
+    /// # Errors
+    /// A selection that is impossible as asked.
+    pub(super) fn new(
+        prompt: Prompt,
+        sequence: Sequence,
+        decoder: &Decoder<Compute>,
+        block_rows: usize,
+    ) -> Result<Self, (Prompt, Error)> {
+        let generation = &*prompt.generation;
+        let question = generation.assembly.question();
+        let mut stages = Stages::default();
+        stages.add("queue", generation.queued.elapsed());
+        let (walk, goal) = if generation.in_context() {
+            let positions = (0..generation.ids.len() as u32).collect();
+            let selection = Selection::in_context(&generation.assembly, generation.nominal());
+            (decoder.walk(&generation.ids, positions, Logits::Last, block_rows), Goal::Repair(selection))
+        } else if generation.probe {
+            let positions: Vec<u32> = (question.start as u32..question.end as u32).collect();
+            let layers = 0..decoder.config().layers;
+            let reused = generation.assembly.reused();
+            let probe = Probe::new(positions[0], reused.end, layers, Reduce::Max, Reduce::Max);
+            (decoder.walk(&generation.ids[question], positions, Logits::None, block_rows), Goal::Probe(probe))
+        } else {
+            let began = Instant::now();
+            let selection = match plan(generation, None) {
+                Ok(selection) => selection,
+                Err(error) => return Err((prompt, error)),
+            };
+            let walk = repair(generation, &selection, decoder, block_rows);
+            stages.add("plan", began.elapsed());
+            (walk, Goal::Repair(selection))
+        };
+        Ok(Self {
+            prompt,
+            sequence,
+            walk,
+            block_rows,
+            goal,
+            placed: 0,
+            admitted: Instant::now(),
+            stages,
+            shadows: None,
+        })
+    }
+
+    /// Whether the caller went away.
+    pub(super) fn abandoned(&self) -> bool {
+        self.shadows.is_none() && self.prompt.events.is_closed()
+    }
+
+    /// Whose turn it takes.
+    pub(super) fn tenant(&self) -> &Tenant {
+        &self.prompt.generation.tenant
+    }
+
+    /// Whether all KV that the next step needs has come.
+    pub(super) fn can_step(&self) -> bool {
+        let layer = self.walk.layer();
+        layer < self.placed || self.sections().all(|kv| kv.layer(layer).is_some())
+    }
+
+    fn sections(&self) -> impl Iterator<Item = &cacheclip_model::kv::ChunkKv> {
+        self.prompt.generation.sections().iter().map(|section| &section.kv)
+    }
+
+    /// Takes one block of rows through one layer; returns the rows.
+    ///
+    /// # Errors
+    /// The device or the model failed.
+    pub(super) fn step(
+        &mut self,
+        decoder: &Decoder<Compute>,
+        pages: &mut <Compute as Device>::Pages,
+    ) -> Result<usize, Error> {
+        let began = Instant::now();
+        if self.walk.layer() == self.placed {
+            self.place(decoder, pages)?;
+            self.stages.add("place", began.elapsed());
+        }
+        let (rows, began) = (self.walk.next_rows(), Instant::now());
+        let (stage, probe) = match &mut self.goal {
+            Goal::Probe(probe) => ("probe", Some(probe)),
+            Goal::Repair(_) if self.prompt.generation.in_context() => ("prefill", None),
+            Goal::Repair(_) => ("recompute", None),
+        };
+        let collect = Collect { export: None, probe };
+        decoder.step(pages, &mut self.walk, self.sequence.table(), collect)?;
+        self.stages.add(stage, began.elapsed());
+        if self.walk.done()
+            && let Goal::Probe(probe) = &self.goal
+        {
+            let began = Instant::now();
+            let generation = &*self.prompt.generation;
+            let probed = probe.scores().split_off(generation.assembly.reused().start);
+            let selection = plan(generation, Some(&probed))?;
+            self.walk = repair(generation, &selection, decoder, self.block_rows);
+            self.goal = Goal::Repair(selection);
+            self.stages.add("plan", began.elapsed());
+        }
+        Ok(rows)
+    }
+
+    /// Places what the next layer needs: all there is, where everything has come.
+    fn place(
+        &mut self,
+        decoder: &Decoder<Compute>,
+        pages: &mut <Compute as Device>::Pages,
+    ) -> Result<(), Error> {
+        let (table, sections) = (self.sequence.table(), self.prompt.generation.sections());
+        if self.placed == 0 && self.sections().all(|kv| kv.complete()) {
+            for section in sections {
+                decoder.place(pages, table, &section.kv, section.start)?;
+            }
+            self.placed = decoder.config().layers;
+            return Ok(());
+        }
+        let at = At { layer: self.placed, table };
+        for section in sections {
+            if let Some(kv) = section.kv.layer(self.placed) {
+                decoder.place_layer(pages, at, kv, section.start)?;
+            }
+        }
+        self.placed += 1;
+        Ok(())
+    }
+
+    /// Whether the first token can be drawn.
+    pub(super) fn done(&self) -> bool {
+        self.walk.done()
+    }
+
+    /// Tells the caller that nothing comes of it.
+    pub(super) fn fail(self, error: Error) {
+        self.prompt.fail(error);
+    }
+
+    /// Draws the first token.
+    ///
+    /// # Errors
+    /// Logits that are no numbers.
+    pub(super) fn finish(mut self, decoder: &Decoder<Compute>) -> Result<Ready, (Prompt, Error)> {
+        let began = Instant::now();
+        let logits = decoder.logits(self.walk);
+        let mut sampler = Sampler::new(self.prompt.generation.sampling);
+        let token = match sampler.next(&logits) {
+            Ok(token) => token,
+            Err(error) => return Err((self.prompt, error.into())),
+        };
+        self.stages.add("first_token", began.elapsed());
+        let Goal::Repair(selection) = self.goal else {
+            unreachable!("a probe's walk is followed by the repair's");
+        };
+        let queued = self.stages.0.first().map_or(Duration::ZERO, |(_, took)| *took);
+        let spent = self.stages.sum() - queued;
+        // For KV that was on its way, and for others' turns.
+        self.stages.add("wait", self.admitted.elapsed().saturating_sub(spent));
+        let stages = self.stages.0.iter().map(|(name, took)| (*name, took.as_secs_f64())).collect();
+        let ttft = self.prompt.generation.received.elapsed();
+        let first = First { token, sampler, sequence: self.sequence, selection, stages, ttft };
+        Ok(Ready { prompt: self.prompt, first, spent })
+    }
+}
+
+/// The rows to recompute and the question, at the first layer.
+fn repair(
+    generation: &Generation,
+    selection: &Selection,
+    decoder: &Decoder<Compute>,
+    block_rows: usize,
+) -> Walk<Compute> {
+    let question = generation.assembly.question();
+    let rows: Vec<u32> =
+        selection.rows.iter().copied().chain(question.start as u32..question.end as u32).collect();
+    let ids: Vec<u32> = rows.iter().map(|&row| generation.ids[row as usize]).collect();
+    decoder.walk(&ids, rows, Logits::Last, block_rows)
 }
 
 fn plan(generation: &Generation, probed: Option<&[f32]>) -> Result<Selection, Error> {
@@ -118,28 +254,4 @@ fn plan(generation: &Generation, probed: Option<&[f32]>) -> Result<Selection, Er
         return Ok(Selection::new(&generation.assembly, Vec::new(), generation.nominal()));
     }
     Ok(select(&generation.assembly, &generation.policy, generation.ratio, &signals)?)
-}
-
-/// Ranks of attention mass as bytes; later tokens are seen by fewer rows, so mass is per row that sees it.
-fn ranks(mass: &[f32]) -> Vec<u8> {
-    let count = mass.len();
-    let seen = |i: usize| mass[i] / (count - i) as f32;
-    let mut order: Vec<usize> = (0..count).collect();
-    order.sort_by(|&a, &b| seen(b).total_cmp(&seen(a)).then(a.cmp(&b)));
-    let mut ranks = vec![0; count];
-    for (place, token) in order.into_iter().enumerate() {
-        ranks[token] = (255 - place * 255 / count.max(1)) as u8;
-    }
-    ranks
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_most_seen_token_ranks_highest_and_every_token_has_a_rank() {
-        assert_eq!(ranks(&[0.1, 0.9, 0.2, 0.05]), [64, 255, 192, 128]);
-        assert!(ranks(&[]).is_empty());
-    }
 }

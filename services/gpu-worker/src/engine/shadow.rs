@@ -5,10 +5,7 @@
 //! *Cost*: every so many greedy requests the prompt is also computed in context, after the caller has its first
 //! token, and the two first tokens are compared.
 
-use super::{Error, Generation, Thread};
-use crate::metrics;
-use cacheclip_model::Pass;
-use cacheclip_model::sample::{Options, Sampler};
+use super::Generation;
 use std::time::Duration;
 
 /// Rows from which a pass says something about the rate: smaller ones are bound by latency.
@@ -33,6 +30,11 @@ impl Rate {
         }
     }
 
+    /// What a row costs, once one is known.
+    pub(super) fn seconds_per_row(&self) -> Option<f64> {
+        self.per_row
+    }
+
     /// Adds what a request of `rows` saved that spent `spent` on its first token (nothing while no rate is known)
     /// and takes out the whole seconds.
     pub(super) fn saved(&mut self, rows: usize, spent: Duration) -> u64 {
@@ -55,34 +57,15 @@ impl Shadow {
         Self { ratio: if ratio.is_finite() { ratio.clamp(0.0, 1.0) } else { 0.0 }, due: 0.0 }
     }
 
-    /// The prompt to compute again, if it is this request's turn. A sampled token says nothing about quality.
-    pub(super) fn turn(&mut self, generation: &Generation) -> Option<Vec<u32>> {
+    /// Whether this request is computed again. A sampled token says nothing about quality.
+    pub(super) fn turn(&mut self, generation: &Generation) -> bool {
         if self.ratio == 0.0 || generation.in_context() || generation.sampling.temperature != 0.0 {
-            return None;
+            return false;
         }
         self.due += self.ratio;
-        (self.due >= 1.0).then(|| {
-            self.due -= 1.0;
-            generation.ids.clone()
-        })
-    }
-}
-
-impl Thread {
-    /// Computes a prompt in context and counts whether its first token is the one that was given. Left out where
-    /// running sequences need the pages.
-    pub(super) fn compare(&mut self, ids: &[u32], given: u32) {
-        let mut compared = || -> Result<bool, Error> {
-            let sequence = self.allocator.sequence(ids.len())?;
-            let positions: Vec<u32> = (0..ids.len() as u32).collect();
-            let logits =
-                self.decoder.forward(&mut self.pages, Pass::new(ids, &positions, sequence.table()))?;
-            Ok(Sampler::new(Options::default()).next(&logits)? == given)
-        };
-        match compared() {
-            Ok(same) => metrics::shadow(same),
-            Err(error) => tracing::debug!(%error, "a request was not shadowed"),
-        }
+        let due = self.due >= 1.0;
+        self.due -= f64::from(due);
+        due
     }
 }
 

@@ -1,0 +1,89 @@
+//! Decoding several sequences in one step.
+
+use cacheclip_model::load::{Source, load};
+use cacheclip_model::pages::Allocator;
+use cacheclip_model::{Batch, Cpu, Decoder, Pass, config::Config};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Allocations of this process.
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+#[allow(unsafe_code)]
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+fn small() -> Decoder<Cpu> {
+    let config = Config::shape("aux-30m").unwrap();
+    let config = Config { layers: 2, vocab: 500, ..config };
+    load(&Source::Random { config, seed: 3 }, Cpu).unwrap().decoder
+}
+
+#[test]
+fn sequences_that_are_decoded_together_get_what_each_gets_alone() {
+    let decoder = small();
+    let allocator = Allocator::new(64);
+    let mut pages = decoder.pages(64).unwrap();
+    let prompts: Vec<Vec<u32>> = [40usize, 7, 33].iter().map(|&n| (0..n as u32 + 1).collect()).collect();
+    let mut alone = Vec::new();
+    for prompt in &prompts {
+        let sequence = allocator.sequence(prompt.len()).unwrap();
+        let positions: Vec<u32> = (0..prompt.len() as u32).collect();
+        alone.extend(decoder.forward(&mut pages, Pass::new(prompt, &positions, sequence.table())).unwrap());
+    }
+    let sequences: Vec<_> = prompts.iter().map(|prompt| allocator.sequence(prompt.len()).unwrap()).collect();
+    for (prompt, sequence) in prompts.iter().zip(&sequences) {
+        let head = prompt.len() - 1;
+        let positions: Vec<u32> = (0..head as u32).collect();
+        decoder.forward(&mut pages, Pass::new(&prompt[..head], &positions, sequence.table())).unwrap();
+    }
+    let ids: Vec<u32> = prompts.iter().map(|prompt| *prompt.last().unwrap()).collect();
+    let positions: Vec<u32> = prompts.iter().map(|prompt| prompt.len() as u32 - 1).collect();
+    let tables: Vec<&[u32]> = sequences.iter().map(|sequence| sequence.table()).collect();
+    let batch = Batch { ids: &ids, positions: &positions, tables: &tables };
+    let mut together = Vec::new();
+    decoder.decode(&mut pages, batch, &mut together).unwrap();
+    assert_eq!(together.len(), 3 * decoder.config().vocab);
+    let scale = alone.iter().fold(0f32, |most, v| most.max(v.abs()));
+    let worst = alone.iter().zip(&together).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+    assert!(worst < 1e-4 * scale, "differs by {worst} of {scale}");
+}
+
+#[test]
+fn a_decoding_step_allocates_nothing_once_it_is_warm() {
+    // One thread: handing work to others is the thread pool's business, not the step's.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| {
+        let decoder = small();
+        let allocator = Allocator::new(16);
+        let mut pages = decoder.pages(16).unwrap();
+        let (a, b) = (allocator.sequence(64).unwrap(), allocator.sequence(64).unwrap());
+        let mut logits = Vec::new();
+        let mut counts = Vec::new();
+        for step in 0..40 {
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            let batch = Batch { ids: &[step, 7], positions: &[step, step], tables: &[a.table(), b.table()] };
+            decoder.decode(&mut pages, batch, &mut logits).unwrap();
+            counts.push(ALLOCATIONS.load(Ordering::Relaxed) - before);
+        }
+        // The other test of this process may allocate beside a step, so not every step has to be silent.
+        assert!(counts[8..].contains(&0), "allocations per step: {counts:?}");
+        assert!(counts[0] > 0, "the count counts");
+    });
+}

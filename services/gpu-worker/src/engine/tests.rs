@@ -1,0 +1,198 @@
+//! Promises of the engine, on a small model with random weights.
+
+use super::*;
+use cacheclip_model::config::Config;
+use cacheclip_model::kv::ChunkKv;
+use cacheclip_model::load::{Source, load};
+use cacheclip_plan::{Assembly, Policy, Rung};
+use std::time::Instant;
+
+const PAGES: usize = 96;
+const DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
+
+fn decoder() -> Decoder<Compute> {
+    let config = Config::shape("aux-30m").unwrap();
+    let config =
+        Config { layers: 3, vocab: 400, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, ..config };
+    load(&Source::Random { config, seed: 5 }, Cpu).unwrap().decoder
+}
+
+fn tokenizer() -> Tokenizer {
+    let models = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/tiny/primary");
+    Tokenizer::from_dir(&models).unwrap()
+}
+
+fn engine(pages: usize) -> Engine {
+    let options = Options { pages, queue: 8, prefill_rows: 16, shadow_ratio: 0.0 };
+    Engine::start(decoder(), tokenizer(), options).unwrap()
+}
+
+fn ids(count: usize, salt: u32) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * 7 + salt) % 400).collect()
+}
+
+/// A prompt without chunks, computed in context.
+fn plain(prompt: usize, answer: usize, tenant: &str) -> Generation {
+    Generation {
+        ids: ids(prompt, 1),
+        assembly: Assembly::new(prompt - 4, &[], 4, false),
+        tenant: tenant.as_bytes().into(),
+        placed: Vec::new(),
+        policy: Policy::Full,
+        ratio: None,
+        scored: None,
+        spans: Vec::new(),
+        rank: None,
+        fuse_rank: false,
+        probe: false,
+        rung: Rung::None,
+        sampling: Default::default(),
+        max_tokens: answer,
+        stop: Vec::new(),
+        eos: Vec::new(),
+        received: Instant::now(),
+        queued: Instant::now(),
+    }
+}
+
+/// A prefix of 8 tokens and one chunk whose KV is reused as it is.
+fn stale(prefix: ChunkKv, chunk: ChunkKv) -> Generation {
+    let (start, tokens) = (prefix.tokens(), chunk.tokens());
+    let total = start + tokens + 4;
+    Generation {
+        ids: ids(total, 1),
+        assembly: Assembly::new(start, &[tokens], 4, false),
+        placed: vec![Placed { start: 0, kv: prefix }, Placed { start, kv: chunk }],
+        policy: Policy::Stale,
+        spans: vec![vec![cacheclip_chunk::ByteSpan { start: 0, end: 0 }; tokens]],
+        ..plain(total, 3, "reuse")
+    }
+}
+
+fn start(engine: &Engine, generation: Generation) -> Events {
+    engine.generate(generation, engine.owe(1)).unwrap()
+}
+
+async fn next(events: &mut Events) -> Option<Event> {
+    tokio::time::timeout(DEADLINE, events.recv()).await.expect("the engine answers")
+}
+
+async fn finish(mut events: Events) -> Box<Outcome> {
+    loop {
+        match next(&mut events).await {
+            Some(Event::Done(outcome)) => return outcome,
+            Some(Event::Text(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+async fn section(engine: &Engine, tokens: usize, salt: u32) -> ChunkKv {
+    let canonical = engine.canonical(Arc::from([]), ids(tokens, salt), Tenant::default());
+    tokio::time::timeout(DEADLINE, canonical).await.expect("the engine answers").unwrap().kv
+}
+
+/// The same KV, none of which has come.
+fn awaited(kv: &ChunkKv) -> ChunkKv {
+    ChunkKv::arriving(kv.layers().count(), kv.tokens())
+}
+
+#[tokio::test]
+async fn layers_that_come_one_by_one_give_the_answer_of_layers_that_were_there() {
+    let engine = engine(PAGES);
+    let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
+    let want = finish(start(&engine, stale(prefix.clone(), chunk.clone()))).await;
+    let coming = awaited(&chunk);
+    let events = start(&engine, stale(prefix, coming.clone()));
+    for (at, layer) in chunk.layers().enumerate() {
+        coming.arrive(at, layer.clone());
+        engine.wake();
+    }
+    assert_eq!(finish(events).await.text, want.text);
+}
+
+#[tokio::test]
+async fn who_waits_for_kv_keeps_nobody_else_waiting() {
+    let engine = engine(PAGES);
+    let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
+    let coming = awaited(&chunk);
+    let mut waits = start(&engine, stale(prefix.clone(), coming.clone()));
+    finish(start(&engine, plain(50, 5, "other"))).await;
+    // Sections are encoded on pages of their own.
+    section(&engine, 30, 4).await;
+    assert!(waits.inbox.try_recv().is_err(), "its KV has not come");
+    chunk.layers().enumerate().for_each(|(at, layer)| coming.arrive(at, layer.clone()));
+    engine.wake();
+    finish(waits).await;
+}
+
+#[tokio::test]
+async fn sections_are_encoded_while_prompts_that_wait_for_them_hold_all_pages() {
+    let engine = engine(PAGES);
+    let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
+    let total = PAGES * 16 - 3;
+    let coming = awaited(&chunk);
+    let all = Generation { max_tokens: total - 52, ..stale(prefix, coming.clone()) };
+    let events = start(&engine, Generation { eos: (0..400).collect(), ..all });
+    let encoded = section(&engine, 40, 9).await;
+    encoded.layers().enumerate().for_each(|(at, layer)| coming.arrive(at, layer.clone()));
+    engine.wake();
+    assert_eq!(finish(events).await.tokens, 1);
+}
+
+#[tokio::test]
+async fn a_long_prompt_that_joins_does_not_stall_running_answers() {
+    let engine = engine(PAGES);
+    let mut running = start(&engine, plain(20, 600, "running"));
+    next(&mut running).await;
+    let mut joins = start(&engine, plain(600, 2, "joins"));
+    let before = running.inbox.len();
+    next(&mut joins).await;
+    // 600 rows in blocks of 64 through 3 layers: 30 steps with a token behind each; some tokens make no text yet.
+    let between = running.inbox.len() - before;
+    assert!(between >= 5, "{between} pieces of text while 600 rows were computed");
+}
+
+#[tokio::test]
+async fn pages_of_who_goes_away_are_free_for_the_next_even_while_nothing_else_happens() {
+    let engine = engine(PAGES);
+    let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
+    let most = PAGES * 16 - 52;
+    // Waits for KV that will never come, with all pages.
+    let waits = start(&engine, Generation { max_tokens: most, ..stale(prefix, awaited(&chunk)) });
+    let behind = start(&engine, plain(30, 3, "behind"));
+    drop(waits);
+    finish(behind).await;
+    // And one that is being decoded.
+    let mut decoding = start(&engine, plain(20, PAGES * 16 - 20, "running"));
+    next(&mut decoding).await;
+    let behind = start(&engine, plain(30, 3, "behind"));
+    drop(decoding);
+    finish(behind).await;
+}
+
+#[tokio::test]
+async fn what_never_fits_is_refused_and_what_does_not_fit_yet_waits() {
+    let engine = engine(4);
+    let mut large = start(&engine, plain(60, 20, "large"));
+    let refused = next(&mut large).await;
+    assert!(matches!(refused, Some(Event::Failed(Error::TooLarge { wanted: 5, total: 4 }))), "{refused:?}");
+    let both = [start(&engine, plain(40, 8, "a")), start(&engine, plain(40, 8, "b"))];
+    for events in both {
+        assert_eq!(finish(events).await.tokens, 8);
+    }
+}
+
+#[tokio::test]
+async fn answers_decoded_together_are_the_answers_given_alone() {
+    let engine = engine(PAGES);
+    let mut alone = Vec::new();
+    for prompt in [20, 33, 47] {
+        alone.push(finish(start(&engine, plain(prompt, 12, "a"))).await.text);
+    }
+    let together: Vec<Events> =
+        [20, 33, 47].map(|prompt| start(&engine, plain(prompt, 12, "a"))).into_iter().collect();
+    for (events, want) in together.into_iter().zip(alone) {
+        assert_eq!(finish(events).await.text, want);
+    }
+}

@@ -1,0 +1,322 @@
+//! Finds the KV of a request's sections: own RAM, else the stores, else computed canonically, kept and written
+//! behind. Hits and misses give the same KV, so they give the same answer.
+//!
+//! What stores send is handed on layer by layer, so that a request is computed while its KV arrives.
+
+mod fetch;
+
+use crate::engine::{Canonical, Engine, Error, Tenant};
+use crate::layout::Layout;
+use crate::link::Link;
+use crate::metrics;
+use crate::options::{Loading, Options};
+use crate::ram::{Ram, Section};
+use crate::writer::Writer;
+use cacheclip_chunk::{ByteSpan, ChunkKey};
+use cacheclip_client::{Located, StoreClient};
+use cacheclip_plan::{Cost, Server, Way, divide};
+use cacheclip_rpc::v1::{MissReason, Tier};
+use cacheclip_service::seconds;
+use fetch::{Arriving, Fetch};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// A section to find.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    /// Content key.
+    pub key: ChunkKey,
+    /// Token ids, for the case that it must be computed.
+    pub ids: Vec<u32>,
+    /// Byte spans of the tokens, stored beside the KV.
+    pub spans: Vec<ByteSpan>,
+    /// Whether it is encoded behind the anchor (chunks) or starts the prompt itself (prefixes).
+    pub anchored: bool,
+}
+
+/// A section that was found or computed.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    /// Its KV.
+    pub section: Section,
+    /// Where it was.
+    pub tier: Tier,
+    /// Why it was in no cache.
+    pub reason: Option<MissReason>,
+}
+
+/// Finds sections. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Loader {
+    ram: Ram,
+    stores: Option<StoreClient>,
+    engine: Engine,
+    writer: Option<Writer>,
+    layout: Arc<Layout>,
+    anchor: Arc<[u32]>,
+    loading: Loading,
+    link: Link,
+    /// Bytes that may be on their way at a time, in MiB.
+    room: Arc<Semaphore>,
+    most_mib: u32,
+    timeout: Duration,
+}
+
+impl Loader {
+    /// Looks in `ram`, then in `stores`, then asks `engine`; what was computed goes to `writer`.
+    pub(crate) fn new(
+        ram: Ram,
+        stores: Option<StoreClient>,
+        engine: Engine,
+        writer: Option<Writer>,
+        layout: Arc<Layout>,
+        anchor: Arc<[u32]>,
+        options: &Options,
+    ) -> Self {
+        let most_mib = (options.load_bytes >> 20).clamp(1, Semaphore::MAX_PERMITS as u64 >> 1);
+        let most_mib = u32::try_from(most_mib).unwrap_or(u32::MAX);
+        Self {
+            ram,
+            stores,
+            engine,
+            writer,
+            layout,
+            anchor,
+            loading: options.loading,
+            link: Link::default(),
+            room: Arc::new(Semaphore::new(most_mib as usize)),
+            most_mib,
+            timeout: seconds(options.load_timeout_seconds),
+        }
+    }
+
+    /// What RAM holds, in announcements' short form.
+    pub(crate) fn held(&self) -> Vec<u64> {
+        self.ram.held()
+    }
+
+    /// All sections, in order, each of them found, computed or on its way; the same key twice is found once.
+    ///
+    /// # Errors
+    /// Only what keeps a section from being computed.
+    pub(crate) async fn open(&self, wanted: &[Wanted], tenant: &Tenant) -> Result<Opened, Error> {
+        let mut known: HashMap<ChunkKey, Found> = HashMap::new();
+        let mut lacking: Vec<&Wanted> = Vec::new();
+        let mut seen = HashSet::new();
+        for want in wanted.iter().filter(|want| seen.insert(want.key)) {
+            match self.ram.get(&want.key).filter(|section| section.kv.tokens() == want.ids.len()) {
+                Some(section) => {
+                    known.insert(want.key, Found { section, tier: Tier::WorkerRam, reason: None });
+                }
+                None => lacking.push(want),
+            }
+        }
+        let (asked, computed) = self.divide(lacking);
+        let fetch = async {
+            match self.stores.as_ref().filter(|_| !asked.is_empty()) {
+                Some(stores) => {
+                    let asked = asked.iter().map(|&want| want.clone()).collect();
+                    Ok(Some(Fetch::begin(self, stores, asked, Tenant::clone(tenant)).await?))
+                }
+                None => Ok(None),
+            }
+        };
+        // What is computed by choice is computed while the rest is on its way.
+        let (fetch, computed) = tokio::try_join!(fetch, self.compute(&computed, tenant))?;
+        known.extend(computed);
+        let mut missing = Vec::new();
+        for (want, arriving) in asked.iter().zip(fetch.iter().flat_map(|fetch| &fetch.sections)) {
+            match arriving.missing {
+                None => {
+                    let (section, tier) = (arriving.section.clone(), arriving.tier);
+                    known.insert(want.key, Found { section, tier, reason: None });
+                }
+                Some(reason) => missing.push((*want, reason)),
+            }
+        }
+        if fetch.is_none() {
+            missing.extend(asked.iter().map(|&want| (want, MissReason::NeverSeen)));
+        }
+        known.extend(self.compute(&missing, tenant).await?);
+        let found = wanted.iter().map(|want| known[&want.key].clone()).collect();
+        Ok(Opened {
+            found,
+            keys: wanted.iter().map(|want| want.key).collect(),
+            asked: asked.iter().map(|want| want.key).collect(),
+            fetch,
+        })
+    }
+
+    /// What is to be asked of the stores, and what is computed without asking them.
+    fn divide<'a>(&self, lacking: Vec<&'a Wanted>) -> (Vec<&'a Wanted>, Vec<(&'a Wanted, MissReason)>) {
+        let cost = |want: &&Wanted| Cost {
+            bytes: self.bytes(want.ids.len()),
+            rows: self.anchor.len() + want.ids.len(),
+        };
+        let costs: Vec<Cost> = lacking.iter().map(cost).collect();
+        let engine = self.engine.backlog().map(|(backlog, per_unit)| Server { backlog, per_unit });
+        let ways = match self.loading {
+            Loading::Auto if self.stores.is_some() => divide(&costs, self.link.server(), engine),
+            Loading::Never => vec![Way::Compute; costs.len()],
+            Loading::Auto | Loading::Always => vec![Way::Load; costs.len()],
+        };
+        let (asked, computed): (Vec<_>, Vec<_>) =
+            lacking.into_iter().zip(ways).partition(|(_, way)| *way == Way::Load);
+        cacheclip_client::metrics::dear(computed.len());
+        let asked = asked.into_iter().map(|(want, _)| want).collect();
+        (asked, computed.into_iter().map(|(want, _)| (want, MissReason::Cost)).collect())
+    }
+
+    /// Room for so many bytes on their way; waits for others' loads. `None` once loading has stopped for good.
+    async fn admit(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
+        let wanted = (bytes >> 20).clamp(1, self.most_mib.into()) as u32;
+        Arc::clone(&self.room).acquire_many_owned(wanted).await.ok()
+    }
+
+    /// Bytes of a section's KV in memory.
+    fn bytes(&self, tokens: usize) -> u64 {
+        let shape = &self.layout.spec.shape;
+        u64::from(shape.layers * shape.kv_heads * shape.head_dim)
+            * 2
+            * size_of::<f32>() as u64
+            * tokens as u64
+    }
+
+    fn layers(&self) -> usize {
+        self.layout.spec.shape.layers as usize
+    }
+
+    /// Keeps what a read brought and computes the rest.
+    async fn complete(
+        &self,
+        wanted: &[Wanted],
+        arriving: Vec<Arriving>,
+        tenant: Tenant,
+    ) -> Result<Vec<Found>, Error> {
+        let mut found = Vec::with_capacity(wanted.len());
+        for (want, Arriving { section, tier, missing, told, .. }) in wanted.iter().zip(arriving) {
+            let Some(reason) = missing else {
+                self.ram.insert(want.key, section.clone());
+                found.push(Found { section, tier, reason: None });
+                continue;
+            };
+            tracing::debug!(reason = reason.label(), "chunk not served by the stores");
+            if !told {
+                let computed = self.computed(want, &tenant).await?;
+                computed.kv.layers().enumerate().for_each(|(at, layer)| section.kv.arrive(at, layer.clone()));
+                self.engine.wake();
+            }
+            found.push(Found { section, tier: Tier::Computed, reason: Some(reason) });
+        }
+        Ok(found)
+    }
+
+    /// Makes sure the sections are stored; true for those that had to be computed. Ends when the stores have
+    /// acknowledged them (or refused: a full store is no error).
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub(crate) async fn precompute(&self, wanted: &[Wanted]) -> Result<Vec<bool>, Error> {
+        let keys: Vec<ChunkKey> = wanted.iter().map(|want| want.key).collect();
+        let stored = match &self.stores {
+            Some(stores) => {
+                let located = stores.lookup(self.layout.id, &keys).await;
+                // Stores that cannot be asked must not make ingest compute again what RAM holds.
+                let kept = |(entry, key): (&Located, &ChunkKey)| match entry {
+                    Located::Found { .. } => true,
+                    Located::Missing(MissReason::Unavailable | MissReason::Timeout) => {
+                        self.ram.get(key).is_some()
+                    }
+                    Located::Missing(_) => false,
+                };
+                located.iter().zip(&keys).map(kept).collect()
+            }
+            None => keys.iter().map(|key| self.ram.get(key).is_some()).collect::<Vec<_>>(),
+        };
+        let mut computed = Vec::with_capacity(wanted.len());
+        for (index, (want, stored)) in wanted.iter().zip(stored).enumerate() {
+            let earlier = keys[..index].contains(&want.key);
+            computed.push(!stored && !earlier);
+            if stored || earlier {
+                continue;
+            }
+            let canonical = self.canonical(want, &Tenant::default()).await?;
+            if let Some(writer) = &self.writer {
+                writer.write(want.key, want.spans.clone(), canonical).await;
+            }
+        }
+        Ok(computed)
+    }
+
+    async fn compute(
+        &self,
+        wanted: &[(&Wanted, MissReason)],
+        tenant: &Tenant,
+    ) -> Result<Vec<(ChunkKey, Found)>, Error> {
+        let mut found = Vec::with_capacity(wanted.len());
+        for (want, reason) in wanted {
+            let section = self.computed(want, tenant).await?;
+            found.push((want.key, Found { section, tier: Tier::Computed, reason: Some(*reason) }));
+        }
+        Ok(found)
+    }
+
+    /// Computes a section, keeps it and offers it to the stores.
+    async fn computed(&self, want: &Wanted, tenant: &Tenant) -> Result<Section, Error> {
+        let canonical = self.canonical(want, tenant).await?;
+        let section = Section::of(&canonical);
+        if let Some(writer) = &self.writer {
+            writer.write_behind(want.key, want.spans.clone(), canonical);
+        }
+        Ok(section)
+    }
+
+    /// Computes a section and keeps it in RAM.
+    async fn canonical(&self, want: &Wanted, tenant: &Tenant) -> Result<Canonical, Error> {
+        let behind = if want.anchored { Arc::clone(&self.anchor) } else { Arc::from([]) };
+        let canonical = self.engine.canonical(behind, want.ids.clone(), Tenant::clone(tenant)).await?;
+        self.ram.insert(want.key, Section::of(&canonical));
+        Ok(canonical)
+    }
+}
+
+/// A request's sections, some of which may still be on their way.
+#[derive(Debug, Default)]
+pub(crate) struct Opened {
+    /// As they are known now, in the order of the request.
+    pub found: Vec<Found>,
+    keys: Vec<ChunkKey>,
+    /// What the stores were asked for.
+    asked: Vec<ChunkKey>,
+    fetch: Option<Fetch>,
+}
+
+impl Opened {
+    /// Waits until everything has come; what did not come is computed, and said to be so.
+    ///
+    /// # Errors
+    /// As [`Loader::open`].
+    pub(crate) async fn complete(&mut self) -> Result<(), Error> {
+        let Some(fetch) = self.fetch.take() else { return Ok(()) };
+        let late: HashMap<ChunkKey, Found> = self.asked.drain(..).zip(fetch.finish().await?).collect();
+        for (key, found) in self.keys.iter().zip(&mut self.found) {
+            // What was computed by who asked is known better here.
+            if let Some(late) = late.get(key).filter(|_| found.reason.is_none()) {
+                *found = late.clone();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Counts how each chunk of a request was had; the prefix, first in both, is no chunk.
+pub(crate) fn count(wanted: &[Wanted], found: &[Found]) {
+    for (want, found) in wanted.iter().zip(found).skip(1) {
+        metrics::lookup(found.reason);
+        if found.reason.is_some() {
+            metrics::recomputed("miss", want.ids.len());
+        }
+    }
+}
