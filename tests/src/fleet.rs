@@ -82,7 +82,8 @@ impl Fleet {
             .map(|_| Process::service("cacheclip-aux-scorer", dir.path(), std::slice::from_ref(&at_stores)))
             .collect();
         let ram = format!("ram_bytes={}", shape.worker_ram);
-        let settings = [at_stores, ram];
+        // Tests count hits; a tiny model's KV may be computed sooner than it is loaded.
+        let settings = [at_stores, ram, "loading=\"always\"".into()];
         let mut workers: Vec<Process> = (0..shape.workers)
             .map(|_| Process::service("cacheclip-gpu-worker", dir.path(), &settings))
             .collect();

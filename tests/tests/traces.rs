@@ -129,7 +129,12 @@ impl Fleet {
         let scorer = service("cacheclip-aux-scorer", &dir, std::slice::from_ref(&stores), variables);
         // No chunk stays in the worker's RAM, so that every request reads from the store. A busy machine must not
         // decide on which rung a request ends.
-        let settings = [stores, "ram_bytes=1".into(), "importance_timeout_seconds=15.0".into()];
+        let settings = [
+            stores,
+            "ram_bytes=1".into(),
+            "importance_timeout_seconds=15.0".into(),
+            "loading=\"always\"".into(),
+        ];
         let worker = service("cacheclip-gpu-worker", &dir, &settings, variables);
         let settings = [
             format!("workers=[\"{}\"]", worker.endpoint()),

@@ -27,8 +27,11 @@ async fn a_worker_with_another_anchor_never_answers_for_the_gateways_keys() {
     let mut store = Process::service("cacheclip-cache-store", dir.path(), &[data]);
     let stores = format!("stores=[\"{}\"]", store.endpoint());
     let other = format!("model_dir={}", with_another_anchor(dir.path()).display());
-    let mut fitting =
-        Process::service("cacheclip-gpu-worker", dir.path(), &[stores.clone(), "ram_bytes=1".into()]);
+    let mut fitting = Process::service(
+        "cacheclip-gpu-worker",
+        dir.path(),
+        &[stores.clone(), "ram_bytes=1".into(), "loading=\"always\"".into()],
+    );
     let mut differing = Process::service("cacheclip-gpu-worker", dir.path(), &[stores.clone(), other]);
     let mut scorer = Process::service("cacheclip-aux-scorer", dir.path(), &[stores]);
     let settings = [

@@ -1,5 +1,8 @@
-//! The generated world that demo, tests and evaluation draw their corpora and questions from.
+//! Quality and speed: the generated world, the evaluation over it, links of a set speed, charts.
 
+pub mod eval;
+pub mod link;
+pub mod plot;
 pub mod world;
 
 pub use world::{Corpus, Document, Family, Question};

@@ -28,14 +28,22 @@ const FILLERS: f64 = 0.08;
 
 /// The word lists.
 #[derive(Clone, Debug, Deserialize)]
-struct Words {
-    names: Vec<String>,
-    adjectives: Vec<String>,
-    nouns: Vec<String>,
-    places: Vec<String>,
-    towns: Vec<String>,
-    verbs: Vec<String>,
-    fillers: Vec<String>,
+pub(crate) struct Words {
+    pub(crate) names: Vec<String>,
+    pub(crate) adjectives: Vec<String>,
+    pub(crate) nouns: Vec<String>,
+    pub(crate) places: Vec<String>,
+    pub(crate) towns: Vec<String>,
+    pub(crate) verbs: Vec<String>,
+    pub(crate) fillers: Vec<String>,
+}
+
+impl Words {
+    /// The lists that the models were trained on.
+    pub(crate) fn shipped() -> Self {
+        serde_json::from_str(include_str!("../../../models/tiny/world.json"))
+            .expect("the word lists are part of this program")
+    }
 }
 
 /// What a question asks for.
@@ -115,9 +123,7 @@ struct Entry {
 /// Generates `districts` districts of reports and `questions` questions whose families take turns; the same seed,
 /// the same corpus.
 pub fn generate(seed: u64, districts: usize, questions: usize, families: &[Family]) -> Corpus {
-    let words: Words = serde_json::from_str(include_str!("../../../models/tiny/world.json"))
-        .expect("the word lists are part of this program");
-    Generator { random: StdRng::seed_from_u64(seed), words, entries: Vec::new() }
+    Generator { random: StdRng::seed_from_u64(seed), words: Words::shipped(), entries: Vec::new() }
         .corpus(districts, questions, families)
 }
 
@@ -214,7 +220,11 @@ impl Generator {
                 .collect();
             (*rest.choose(&mut self.random).expect("other reports hold facts")).clone()
         });
-        let (text, answer) = wording(&first, second.as_ref());
+        let asked: Vec<(&str, String)> = std::iter::once(&first)
+            .chain(&second)
+            .map(|entry| (entry.name.as_str(), format!("{} {}", entry.adjective, entry.noun)))
+            .collect();
+        let (text, answer) = wording(&asked);
         Question { family, chunks: self.interleave(&chosen), text, answer }
     }
 
@@ -233,23 +243,19 @@ impl Generator {
     }
 }
 
-/// Question and answer as the models were taught to read and write them.
-fn wording(first: &Entry, second: Option<&Entry>) -> (String, String) {
-    let value = |entry: &Entry| format!("{} {}", entry.adjective, entry.noun);
-    match second {
-        None => {
-            let text = format!("\nQuestion: what does {0} keep?\nAnswer: {0}'s", first.name);
-            (text, format!("{}.", value(first)))
-        }
-        Some(second) => {
-            let (a, b) = (&first.name, &second.name);
-            let text = format!("\nQuestion: what do {a} and {b} keep?\nAnswer: {a}'s");
-            (text, format!("{}, {b}'s {}.", value(first), value(second)))
-        }
-    }
+/// Question and answer, as the models were taught to read and write them, for one name or two with what they keep.
+pub(crate) fn wording(asked: &[(&str, String)]) -> (String, String) {
+    let names: Vec<&str> = asked.iter().map(|(name, _)| *name).collect();
+    let verb = if names.len() == 1 { "does" } else { "do" };
+    let text = format!("\nQuestion: what {verb} {} keep?\nAnswer: {}'s", names.join(" and "), names[0]);
+    let parts = asked.iter().enumerate().map(|(place, (name, value))| match place {
+        0 => value.clone(),
+        _ => format!("{name}'s {value}"),
+    });
+    (text, parts.collect::<Vec<_>>().join(", ") + ".")
 }
 
-fn pick(words: &[String], random: &mut StdRng) -> String {
+pub(crate) fn pick(words: &[String], random: &mut StdRng) -> String {
     words.choose(random).cloned().unwrap_or_default()
 }
 

@@ -1,8 +1,9 @@
-//! The `cacheclip` command line: demo, serve, ask, ingest, bench, world.
+//! The `cacheclip` command line: demo, serve, ask, ingest, eval, bench, world.
 
 mod ask;
 mod bench;
 mod demo;
+mod eval;
 mod ingest;
 mod serve;
 mod text;
@@ -33,6 +34,8 @@ enum Command {
     Ask(ask::Arguments),
     /// Precompute the KV of text files, one chunk per paragraph.
     Ingest(ingest::Arguments),
+    /// Evaluate quality: task families × policies × ratios, as a share of the same model's full prefill.
+    Eval(eval::Arguments),
     /// Measure: speed by reuse, and the engine beside PyTorch and llama.cpp.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
             Command::Serve(arguments) => serve::run(arguments).await,
             Command::Ask(arguments) => ask::run(arguments).await,
             Command::Ingest(arguments) => ingest::run(arguments).await,
+            Command::Eval(arguments) => eval::run(&arguments),
             Command::Bench(bench) => bench::run(bench).await,
             Command::Metrics { markdown: true } => {
                 text::piece(&cacheclip::metrics::page());

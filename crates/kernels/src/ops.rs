@@ -34,8 +34,33 @@ pub fn silu_gate(gate_up: &[f32], width: usize, out: &mut [f32]) {
 
 /// `x += y`.
 pub fn add(x: &mut [f32], y: &[f32]) {
-    for (a, b) in x.iter_mut().zip(y) {
-        *a += b;
+    widest().dispatch(Add { x, y });
+}
+
+/// Adds `bias` `[width]` to every row of `x` `[rows, width]`.
+pub fn add_bias(x: &mut [f32], bias: &[f32]) {
+    let arch = widest();
+    let row = |x: &mut [f32]| arch.dispatch(Add { x, y: bias });
+    if x.len() / bias.len() < PARALLEL_ROWS {
+        x.chunks_exact_mut(bias.len()).for_each(row);
+    } else {
+        x.par_chunks_exact_mut(bias.len()).for_each(row);
+    }
+}
+
+struct Add<'a> {
+    x: &'a mut [f32],
+    y: &'a [f32],
+}
+
+impl WithSimd for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        for (a, b) in self.x.iter_mut().zip(self.y) {
+            *a += b;
+        }
     }
 }
 
@@ -52,10 +77,19 @@ impl WithSimd for Norm<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let (vectors, rest) = S::as_simd_f32s(self.x);
-        let mut sums = simd.splat_f32s(0.0);
-        for vector in vectors {
-            sums = simd.mul_add_e_f32s(*vector, *vector, sums);
+        // Four sums: each addition to one waits for the one before.
+        let (fours, odd) = vectors.as_chunks::<4>();
+        let mut sums = [simd.splat_f32s(0.0); 4];
+        for four in fours {
+            for i in 0..4 {
+                sums[i] = simd.mul_add_e_f32s(four[i], four[i], sums[i]);
+            }
         }
+        for vector in odd {
+            sums[0] = simd.mul_add_e_f32s(*vector, *vector, sums[0]);
+        }
+        let [a, b, c, d] = sums;
+        let sums = simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d));
         let total = simd.reduce_sum_f32s(sums) + rest.iter().map(|v| v * v).sum::<f32>();
         let scale = 1.0 / (total / self.x.len() as f32 + self.eps).sqrt();
         for ((o, &v), &w) in self.out.iter_mut().zip(self.x).zip(self.weight) {
@@ -106,6 +140,25 @@ mod tests {
         for ((o, g), u) in out.iter().zip(gate).zip(up) {
             let want = g / (1.0 + (-g).exp()) * u;
             assert!((o - want).abs() <= 1e-6 * want.abs().max(1e-3), "{o} {want}");
+        }
+    }
+
+    #[test]
+    fn sums_are_of_values_side_by_side_in_one_thread_and_in_many() {
+        for length in [1, 37, 50_005] {
+            let mut x: Vec<f32> = (0..length).map(|i| i as f32).collect();
+            let y: Vec<f32> = (0..length).map(|i| 1.0 - 2.0 * i as f32).collect();
+            add(&mut x, &y);
+            assert!(x.iter().enumerate().all(|(i, &sum)| sum == 1.0 - i as f32), "{length}");
+        }
+    }
+
+    #[test]
+    fn every_row_gets_the_bias() {
+        for rows in [1, PARALLEL_ROWS + 1] {
+            let mut x = vec![1.0; rows * 5];
+            add_bias(&mut x, &[0.0, 1.0, 2.0, 3.0, 4.0]);
+            assert!(x.chunks_exact(5).all(|row| row == [1.0, 2.0, 3.0, 4.0, 5.0]), "{rows}");
         }
     }
 

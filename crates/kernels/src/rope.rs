@@ -3,6 +3,8 @@
 //! Pairs are `(i, i + head_dim/2)`, the form of Hugging Face checkpoints. Keys are stored before rotation
 //! and rotated when they are placed, so a chunk's KV serves at any position.
 
+use rayon::prelude::*;
+
 /// Frequency scaling of Llama 3.1 and later ("llama3" in `config.json`).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Llama3Scaling {
@@ -32,12 +34,11 @@ impl RopeTable {
             .map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64))
             .map(|f| scaling.map_or(f, |scaling| scaled(f, scaling)))
             .collect();
-        let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
-        let (mut cos, mut sin) = (Vec::with_capacity(positions * half), Vec::with_capacity(positions * half));
-        for angle in angles {
-            cos.push(angle.cos() as f32);
-            sin.push(angle.sin() as f32);
-        }
+        let turn = |index: usize| {
+            let (sin, cos) = ((index / half) as f64 * frequencies[index % half]).sin_cos();
+            (cos as f32, sin as f32)
+        };
+        let (cos, sin) = (0..positions * half).into_par_iter().map(turn).unzip();
         Self { half, cos, sin }
     }
 

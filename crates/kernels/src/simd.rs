@@ -52,39 +52,37 @@ pub(crate) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.mul_f32s(p, simd.transmute_f32s_u32s(scale))
 }
 
-/// Asks for values that are needed soon. The processor's own prefetching ends where a page of its memory ends, and a
-/// tile of keys or values is not larger than one.
+/// Asks for values that are needed soon, into the second-level cache. The processor's own prefetching ends where a page
+/// of its memory ends, and a tile of keys or values is not larger than one.
 #[inline(always)]
 pub(crate) fn prefetch(values: &[f32]) {
     #[cfg(target_arch = "x86_64")]
     for line in values.chunks(16) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: a hint, about memory that is ours.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = values;
 }
 
-/// Turns a row of scores into weights under their largest: `exp(score − peak)`, columns from `seen` on zero. Returns
-/// the peak (no smaller than `floor`) and the weights' sum. The row's length is a multiple of the vector's.
+/// `2^x` for `x <= 0`, relative error below 3e-7, never less than 2^-126.
 #[inline(always)]
-pub(crate) fn soften<S: Simd>(simd: S, row: &mut [f32], seen: usize, floor: f32) -> (f32, f32) {
-    row[seen..].fill(f32::NEG_INFINITY);
-    let (vectors, _) = S::as_mut_simd_f32s(row);
-    let mut peaks = simd.splat_f32s(floor);
-    for vector in vectors.iter() {
-        peaks = simd.max_f32s(peaks, *vector);
+pub(crate) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // Taylor's, at most half a step from an integer.
+    const COEFFICIENTS: [f32; 6] =
+        [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 0.240_226_5, std::f32::consts::LN_2, 1.0];
+    let constant = |value| simd.splat_f32s(value);
+    let x = simd.max_f32s(x, constant(-126.0));
+    // As in `exp`.
+    let shifted = simd.add_f32s(x, constant(12_582_912.0));
+    let r = simd.sub_f32s(x, simd.sub_f32s(shifted, constant(12_582_912.0)));
+    let mut p = constant(1.540_353e-4);
+    for coefficient in COEFFICIENTS {
+        p = simd.mul_add_e_f32s(p, r, constant(coefficient));
     }
-    let peak = simd.reduce_max_f32s(peaks);
-    let (peaks, mut sums) = (simd.splat_f32s(peak), simd.splat_f32s(0.0));
-    for vector in vectors.iter_mut() {
-        *vector = exp(simd, simd.sub_f32s(*vector, peaks));
-        sums = simd.add_f32s(sums, *vector);
-    }
-    // The polynomial's floor is not zero: what is masked must not leak its 1e-38.
-    row[seen..].fill(0.0);
-    (peak, simd.reduce_sum_f32s(sums))
+    let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(shifted), simd.splat_u32s(23));
+    simd.transmute_f32s_u32s(simd.add_u32s(simd.transmute_u32s_f32s(p), exponent))
 }
 
 #[cfg(test)]
@@ -104,6 +102,18 @@ mod tests {
         }
     }
 
+    struct Exp2<'a>(&'a mut [f32]);
+
+    impl WithSimd for Exp2<'_> {
+        type Output = ();
+
+        fn with_simd<S: Simd>(self, simd: S) {
+            let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+            assert!(rest.is_empty());
+            vectors.iter_mut().for_each(|v| *v = exp2(simd, *v));
+        }
+    }
+
     #[test]
     fn the_polynomial_exponential_is_the_librarys_within_rounding() {
         let x: Vec<f32> = (0..200_000).map(|step| step as f32 * -4e-4).collect();
@@ -114,15 +124,12 @@ mod tests {
             let want = x.exp();
             assert!((got - want).abs() <= 3e-7 * want + 1e-37, "exp({x}) = {got}, want {want}");
         }
-    }
-
-    #[test]
-    fn masked_scores_vanish_and_the_largest_weighs_one() {
-        let mut row: Vec<f32> = (0..32).map(|i| i as f32).collect();
-        let (peak, sum) = soften(Scalar::new(), &mut row, 20, f32::NEG_INFINITY);
-        assert_eq!((peak, row[19]), (19.0, 1.0));
-        assert!(row[20..].iter().all(|&weight| weight == 0.0));
-        let want: f32 = row.iter().sum();
-        assert!((sum - want).abs() < 1e-6);
+        let (mut wide, mut plain) = (x.clone(), x.clone());
+        widest().dispatch(Exp2(&mut wide));
+        Exp2(&mut plain).with_simd(Scalar::new());
+        for (x, got) in x.iter().zip(wide).chain(x.iter().zip(plain)) {
+            let want = x.exp2();
+            assert!((got - want).abs() <= 3e-7 * want + 1e-37, "2^{x} = {got}, want {want}");
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! The paged kernels against attention written out in f64, at shapes that hit every edge of their tiling.
 
-use cacheclip_kernels::attend::{Queries, attend_rows};
+use cacheclip_kernels::attend::{Queries, attend_each, attend_rows};
 use cacheclip_kernels::page::{HeadShape, LayerView, pages_for};
 use cacheclip_kernels::place::{StoredLayer, place};
-use cacheclip_kernels::probe::{Reduce, probe};
+use cacheclip_kernels::probe::{Look, Reduce, attend_and_look, probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
@@ -158,5 +158,105 @@ fn the_probe_reports_the_probabilities_attention_uses() {
         for (a, b) in got.iter().zip(&want) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
         }
+    }
+}
+
+fn on_threads<T: Send>(count: usize, work: impl FnOnce() -> T + Send) -> T {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(count).build().expect("threads");
+    pool.install(work)
+}
+
+fn close(a: &[f32], b: &[f32], tolerance: f32) {
+    assert_eq!(a.len(), b.len());
+    for (index, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!((a - b).abs() <= tolerance, "{index}: {a} {b}");
+    }
+}
+
+#[test]
+fn columns_that_several_threads_share_give_what_one_sweep_gives() {
+    for (kv_heads, group, rows) in [(1, 7, 1), (3, 3, 1), (2, 2, 33), (1, 5, 60)] {
+        let case = Case::new(11, kv_heads, group, 64, 1500);
+        let q = case.queries(12, rows);
+        let positions: Vec<u32> = (0..rows as u32).map(|row| 1499 - 20 * (rows as u32 - 1 - row)).collect();
+        let queries = Queries { data: &q, stride: q.len() / rows, heads: case.heads, positions: &positions };
+        let attended = |threads| {
+            let mut out = vec![0.0; q.len()];
+            on_threads(threads, || attend_rows(&case.view(), queries, &mut out));
+            out
+        };
+        let alone = attended(1);
+        [2, 5, 16].into_iter().for_each(|threads| close(&attended(threads), &alone, 2e-6));
+    }
+}
+
+#[test]
+fn rows_of_several_sequences_attend_as_each_does_alone() {
+    let cases = [1, 40, 700, 2100].map(|tokens| Case::new(tokens as u64, 2, 7, 64, tokens));
+    let (views, positions) =
+        (cases.each_ref().map(Case::view), cases.each_ref().map(|it| it.tokens as u32 - 1));
+    let q = cases[0].queries(13, cases.len());
+    let width = q.len() / cases.len();
+    let queries = Queries { data: &q, stride: width, heads: 14, positions: &positions };
+    for threads in [1, 3] {
+        let mut together = vec![0.0; q.len()];
+        on_threads(threads, || attend_each(|row| views[row], queries, &mut together));
+        for (row, view) in views.iter().enumerate() {
+            let queries = Queries { data: &q[row * width..], positions: &positions[row..=row], ..queries };
+            let mut alone = vec![0.0; width];
+            attend_rows(view, queries, &mut alone);
+            close(&together[row * width..][..width], &alone, 2e-6);
+        }
+    }
+}
+
+#[test]
+fn attending_and_looking_at_once_gives_what_each_gives_alone() {
+    let case = Case::new(17, 2, 3, 64, 1000);
+    let width = case.heads * 64;
+    let end: Vec<u32> = (960..1000).collect();
+    let spread: Vec<u32> = (0..40).map(|row| row * 25 + 3).collect();
+    for (positions, first, columns) in [(&end, 0, 960), (&end, 13, 1000), (&spread, 0, 777), (&spread, 2, 16)]
+    {
+        let q = case.queries(18, positions.len());
+        let queries = Queries { data: &q, stride: width, heads: case.heads, positions };
+        let seen = Queries { data: &q[first * width..], positions: &positions[first..], ..queries };
+        let mut attended = vec![0.0; q.len()];
+        attend_rows(&case.view(), queries, &mut attended);
+        for (threads, heads, rows) in [
+            (1, Reduce::Mean, Some(Reduce::Mean)),
+            (2, Reduce::Max, Some(Reduce::Max)),
+            (3, Reduce::Mean, Some(Reduce::Max)),
+            (4, Reduce::Max, None),
+        ] {
+            let mut out = vec![0.0; q.len()];
+            let look = Look { first, columns, heads, rows };
+            let got = on_threads(threads, || attend_and_look(&case.view(), queries, look, &mut out));
+            close(&out, &attended, 1e-5);
+            let want = match rows {
+                Some(rows) => probe(&case.view(), seen, columns, heads, rows),
+                None => probe_rows(&case.view(), seen, columns, heads),
+            };
+            close(&got, &want, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn probabilities_of_a_row_by_row_look_are_those_of_attention() {
+    let case = Case::new(19, 2, 2, 32, 600);
+    let positions = [3u32, 130, 599];
+    let q = case.queries(20, 3);
+    let width = case.heads * 32;
+    let queries = Queries { data: &q, stride: width, heads: case.heads, positions: &positions };
+    let got = on_threads(3, || probe_rows(&case.view(), queries, 590, Reduce::Max));
+    for (row, &position) in positions.iter().enumerate() {
+        let mut want = vec![0.0f32; 590];
+        for head in 0..case.heads {
+            let q = &q[row * width + head * 32..][..32];
+            let weights = case.weights(q, head, position as usize);
+            want.iter_mut().zip(weights).for_each(|(into, weight)| *into = into.max(weight as f32));
+        }
+        close(&got[row * 590..(row + 1) * 590], &want, 1e-5);
     }
 }

@@ -4,12 +4,12 @@ use crate::buffers::Buffer;
 use crate::device::{At, Device, Geometry, Look};
 use crate::error::Error;
 use crate::kv::{ChunkKv, LayerKv};
-use cacheclip_kernels::attend::{Queries, attend_rows};
+use cacheclip_kernels::attend::{Queries, attend_each, attend_rows};
 use cacheclip_kernels::matrix::Matrix;
 use cacheclip_kernels::ops;
 use cacheclip_kernels::page::{HeadShape, LayerView};
 use cacheclip_kernels::place::{StoredLayer, place, scatter};
-use cacheclip_kernels::probe::{probe, probe_rows};
+use cacheclip_kernels::probe::{self, attend_and_look, probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use rayon::prelude::*;
 
@@ -57,6 +57,11 @@ impl Device for Cpu {
     type Rows = Rows;
     type Pages = Pages;
 
+    /// On one of rayon's threads: a call from there shares its work with the others without putting anyone to sleep.
+    fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        rayon::scope(|_| work())
+    }
+
     fn matrix(&self, data: Vec<f32>, outputs: usize, inputs: usize) -> Result<Matrix, Error> {
         Ok(Matrix::new(data, outputs, inputs))
     }
@@ -92,14 +97,12 @@ impl Device for Cpu {
         out
     }
 
-    fn add(&self, x: &mut Rows, y: &Rows) {
-        ops::add(&mut x.data, &y.data);
+    fn project_add(&self, out: &mut Rows, x: &Rows, weight: &Matrix) {
+        weight.project_add(&x.data, &mut out.data);
     }
 
     fn add_bias(&self, x: &mut Rows, bias: &Vec<f32>) {
-        for row in x.data.chunks_exact_mut(x.width) {
-            ops::add(row, bias);
-        }
+        ops::add_bias(&mut x.data, bias);
     }
 
     fn gate(&self, gate_up: &Rows) -> Rows {
@@ -229,13 +232,9 @@ impl Device for Cpu {
         geometry: &Geometry,
         positions: &[u32],
     ) -> Rows {
-        let width = geometry.heads * geometry.head_dim;
-        let mut out = Rows::new(qkv.rows(), width);
-        let rows = qkv.data.chunks_exact(qkv.width).zip(positions.chunks(1));
-        for (((row, positions), table), out) in rows.zip(tables).zip(out.data.chunks_exact_mut(width)) {
-            let queries = Queries { data: row, stride: qkv.width, heads: geometry.heads, positions };
-            attend_rows(&pages.view(At { layer, table }), queries, out);
-        }
+        let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
+        let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
+        attend_each(|row| pages.view(At { layer, table: tables[row] }), queries, &mut out.data);
         out
     }
 
@@ -251,5 +250,19 @@ impl Device for Cpu {
             Some(rows) => probe(&view, queries, look.columns, look.heads, rows),
             None => probe_rows(&view, queries, look.columns, look.heads),
         }
+    }
+    fn attend_and_look(
+        &self,
+        pages: &Pages,
+        look: Look<'_>,
+        qkv: &Rows,
+        geometry: &Geometry,
+    ) -> (Rows, Vec<f32>) {
+        let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
+        let Look { at, first, positions, columns, heads, rows } = look;
+        let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
+        let look = probe::Look { first, columns, heads, rows };
+        let values = attend_and_look(&pages.view(at), queries, look, &mut out.data);
+        (out, values)
     }
 }

@@ -135,6 +135,14 @@ impl Probe {
         }
     }
 
+    /// What is looked at in a layer of a pass, if anything.
+    fn look<'a>(&self, at: At<'a>, positions: &'a [u32]) -> Option<Look<'a>> {
+        let first = positions.partition_point(|&p| p < self.from_position);
+        let looks = self.layers.contains(&at.layer) && first < positions.len();
+        let (columns, heads, rows) = (self.columns, self.heads, self.rows);
+        looks.then_some(Look { at, first, positions, columns, heads, rows })
+    }
+
     fn add(&mut self, values: &[f32], rows: usize) {
         // Of rows that are kept apart there are as many as the pass has.
         self.sums.resize(values.len(), 0.0);
@@ -249,6 +257,26 @@ impl<D: Device> Decoder<D> {
         Ok(self.logits(walk))
     }
 
+    /// Attends all rows of `qkv` at a layer, and adds their attention to `probe` if it looks there.
+    pub(crate) fn attend(
+        &self,
+        pages: &D::Pages,
+        at: At<'_>,
+        qkv: &D::Rows,
+        positions: &[u32],
+        probe: Option<&mut Probe>,
+    ) -> D::Rows {
+        let (device, geometry) = (&*self.device, self.geometry());
+        match probe.and_then(|probe| Some((probe.look(at, positions)?, probe))) {
+            None => device.attend_rows(pages, at, qkv, &geometry, positions),
+            Some((look, probe)) => {
+                let (attended, values) = device.attend_and_look(pages, look, qkv, &geometry);
+                probe.add(&values, positions.len() - look.first);
+                attended
+            }
+        }
+    }
+
     /// Adds the attention of `qkv` at a layer to `probe`, if it looks there.
     pub(crate) fn look(
         &self,
@@ -258,13 +286,9 @@ impl<D: Device> Decoder<D> {
         positions: &[u32],
         probe: &mut Probe,
     ) {
-        let first = positions.partition_point(|&p| p < probe.from_position);
-        if !probe.layers.contains(&at.layer) || first == positions.len() {
-            return;
+        if let Some(look) = probe.look(at, positions) {
+            let values = self.device.probe(pages, look, qkv, &self.geometry());
+            probe.add(&values, positions.len() - look.first);
         }
-        let look =
-            Look { at, first, positions, columns: probe.columns, heads: probe.heads, rows: probe.rows };
-        let values = self.device.probe(pages, look, qkv, &self.geometry());
-        probe.add(&values, positions.len() - first);
     }
 }

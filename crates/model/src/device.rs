@@ -50,6 +50,11 @@ pub trait Device: Send + Sync + 'static {
     /// The paged KV of all sequences.
     type Pages: Send;
 
+    /// Runs `work` where calls to the device cost least.
+    fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        work()
+    }
+
     /// Uploads a weight matrix, row-major.
     ///
     /// # Errors
@@ -72,8 +77,8 @@ pub trait Device: Send + Sync + 'static {
     fn norm(&self, x: &Self::Rows, weight: &Self::Vector, eps: f32) -> Self::Rows;
     /// `x · Wᵀ`.
     fn project(&self, x: &Self::Rows, weight: &Self::Matrix) -> Self::Rows;
-    /// `x += y`.
-    fn add(&self, x: &mut Self::Rows, y: &Self::Rows);
+    /// `out += x · Wᵀ`.
+    fn project_add(&self, out: &mut Self::Rows, x: &Self::Rows, weight: &Self::Matrix);
     /// `x += bias` in every row.
     fn add_bias(&self, x: &mut Self::Rows, bias: &Self::Vector);
     /// `silu(gate) · up` of rows that hold both halves.
@@ -175,6 +180,18 @@ pub trait Device: Send + Sync + 'static {
     /// Attention probabilities of rows `first..` over columns `0..columns`, reduced over heads, then (where the look
     /// says how) over rows: `[columns]`, else `[rows, columns]`.
     fn probe(&self, pages: &Self::Pages, look: Look<'_>, qkv: &Self::Rows, geometry: &Geometry) -> Vec<f32>;
+    /// [`attend_rows`](Self::attend_rows) and [`probe`](Self::probe) of one pass: a device that can computes scores once
+    /// for both.
+    fn attend_and_look(
+        &self,
+        pages: &Self::Pages,
+        look: Look<'_>,
+        qkv: &Self::Rows,
+        geometry: &Geometry,
+    ) -> (Self::Rows, Vec<f32>) {
+        let attended = self.attend_rows(pages, look.at, qkv, geometry, look.positions);
+        (attended, self.probe(pages, look, qkv, geometry))
+    }
 }
 
 /// What a probe looks at.

@@ -33,6 +33,13 @@ impl LayerKv {
         Self { data, tokens: kept }
     }
 
+    /// One token only.
+    pub fn token(&self, index: usize, head_dim: usize) -> Self {
+        let heads = self.data.chunks_exact(self.tokens * head_dim);
+        let data = heads.flat_map(|head| &head[index * head_dim..(index + 1) * head_dim]).copied().collect();
+        Self { data, tokens: 1 }
+    }
+
     /// Appends `next`'s tokens behind this layer's.
     fn append(&mut self, next: &Self, head_dim: usize) {
         let (a, b) = (self.tokens * head_dim, next.tokens * head_dim);
@@ -141,6 +148,7 @@ mod tests {
         all.append(&c, 1);
         assert_eq!(all.data, [1.0, 2.0, 3.0, 11.0, 12.0, 13.0]);
         assert_eq!(all.strip(2, 1), c);
+        assert_eq!(all.token(1, 1), LayerKv { data: vec![2.0, 12.0], tokens: 1 });
     }
 
     #[test]

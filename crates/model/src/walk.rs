@@ -117,6 +117,16 @@ impl<D: Device> Decoder<D> {
         table: &[u32],
         collect: Collect<'_>,
     ) -> Result<(), Error> {
+        self.device.enter(|| self.through_layer(pages, walk, table, collect))
+    }
+
+    fn through_layer(
+        &self,
+        pages: &mut D::Pages,
+        walk: &mut Walk<D>,
+        table: &[u32],
+        collect: Collect<'_>,
+    ) -> Result<(), Error> {
         let (device, geometry) = (&*self.device, self.geometry());
         let (block, last) = (walk.block, walk.layer + 1 == walk.layers);
         let (rows, needed) = (walk.rows(block), walk.needed(block));
@@ -130,7 +140,12 @@ impl<D: Device> Decoder<D> {
             export.push(walk.layer, device.export(&qkv, &geometry), geometry.head_dim);
         }
         device.scatter(pages, at, &mut qkv, &geometry, positions, &self.rope)?;
-        if let Some(probe) = collect.probe {
+        let mut probe = collect.probe;
+        // Where not all rows attend, they are looked at by themselves.
+        if last
+            && walk.wanted != Logits::All
+            && let Some(probe) = probe.take()
+        {
             self.look(pages, at, &qkv, positions, probe);
         }
         match needed.filter(|needed| last && needed.len() < positions.len()) {
@@ -144,7 +159,7 @@ impl<D: Device> Decoder<D> {
             }
             None if last && walk.wanted != Logits::All => {}
             None => {
-                let attended = device.attend_rows(pages, at, &qkv, &geometry, positions);
+                let attended = self.attend(pages, at, &qkv, positions, probe);
                 self.feed(x, &attended, layer);
             }
         }
@@ -173,6 +188,15 @@ impl<D: Device> Decoder<D> {
     /// # Errors
     /// A device fault.
     pub fn decode(&self, pages: &mut D::Pages, batch: Batch<'_>, logits: &mut Vec<f32>) -> Result<(), Error> {
+        self.device.enter(|| self.decode_batch(pages, batch, logits))
+    }
+
+    fn decode_batch(
+        &self,
+        pages: &mut D::Pages,
+        batch: Batch<'_>,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), Error> {
         let Batch { ids, positions, tables } = batch;
         debug_assert!(ids.len() == positions.len() && ids.len() == tables.len());
         let (device, geometry) = (&*self.device, self.geometry());
@@ -204,10 +228,10 @@ impl<D: Device> Decoder<D> {
     /// What a layer does behind its attention.
     fn feed(&self, x: &mut D::Rows, attended: &D::Rows, layer: &Layer<D>) {
         let device = &*self.device;
-        device.add(x, &device.project(attended, &layer.output));
+        device.project_add(x, attended, &layer.output);
         let normed = device.norm(x, &layer.mlp_norm, self.config.norm_eps);
         let gated = device.gate(&device.project(&normed, &layer.gate_up));
-        device.add(x, &device.project(&gated, &layer.down));
+        device.project_add(x, &gated, &layer.down);
     }
 
     /// Appends the logits of every row of `x`.

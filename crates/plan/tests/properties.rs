@@ -43,8 +43,12 @@ fn prompt() -> impl Strategy<Value = Prompt> {
 
 proptest! {
     #[test]
-    fn cacheclip_spends_its_budget_exactly_and_only_on_candidates(prompt in prompt(), ratio in 0.0f32..=1.0) {
-        let policy = Policy::CacheClip(Settings::default());
+    fn cacheclip_spends_its_budget_exactly_and_only_on_candidates(
+        prompt in prompt(),
+        ratio in 0.0f32..=1.0,
+        window in 1usize..17,
+    ) {
+        let policy = Policy::CacheClip(Settings { window, ..Settings::default() });
         let selection = select(&prompt.assembly, &policy, Some(ratio), &prompt.signals()).unwrap();
         let budget = (ratio as f64 * prompt.assembly.reused().len() as f64).round() as usize;
         prop_assert_eq!(selection.rows.len(), budget.min(prompt.assembly.candidate_rows()));
@@ -57,8 +61,8 @@ proptest! {
     }
 
     #[test]
-    fn ratio_one_leaves_nothing_stale(prompt in prompt()) {
-        for policy in [Policy::CacheClip(Settings::default()), Policy::Full] {
+    fn ratio_one_leaves_nothing_stale(prompt in prompt(), window in 1usize..17) {
+        for policy in [Policy::CacheClip(Settings { window, ..Settings::default() }), Policy::Full] {
             let selection = select(&prompt.assembly, &policy, Some(1.0), &prompt.signals()).unwrap();
             prop_assert_eq!(selection.counts.stale, 0);
             prop_assert_eq!(selection.counts.repaired, 0);
@@ -84,8 +88,8 @@ proptest! {
     }
 
     #[test]
-    fn only_the_order_of_scores_matters(prompt in prompt(), ratio in 0.05f32..0.9) {
-        let policy = Policy::CacheClip(Settings::default());
+    fn only_the_order_of_scores_matters(prompt in prompt(), ratio in 0.05f32..0.9, window in 1usize..17) {
+        let policy = Policy::CacheClip(Settings { window, ..Settings::default() });
         let base = select(&prompt.assembly, &policy, Some(ratio), &prompt.signals()).unwrap();
         let mut bent = prompt.clone();
         bent.scored.iter_mut().flatten().for_each(|s| s.score = s.score.powi(3) * 1000.0);
@@ -95,22 +99,38 @@ proptest! {
     }
 }
 
-#[test]
-fn windows_surround_what_scores_high() {
+/// Rows of two chunks of 100 tokens, one byte each, behind a prefix of 4; no heads.
+fn taken(settings: Settings, ratio: f32, score: impl Fn(usize, u32) -> f32) -> Vec<u32> {
     let assembly = Assembly::new(4, &[100, 100], 5, false);
     let spans: Vec<ByteSpan> = (0..100).map(|i| ByteSpan { start: i, end: i + 1 }).collect();
-    let flat = |peak: Option<u32>| -> Vec<Scored> {
-        spans
-            .iter()
-            .map(|&span| Scored { span, score: if peak == Some(span.start) { 9.0 } else { 0.0 } })
-            .collect()
-    };
-    let scored = [flat(Some(40)), flat(Some(70))];
+    let scored: Vec<Vec<Scored>> = (0..2)
+        .map(|chunk| spans.iter().map(|&span| Scored { span, score: score(chunk, span.start) }).collect())
+        .collect();
     let signals = Signals { scored: Some(&scored), spans: vec![&spans, &spans], ..Signals::default() };
-    let settings = Settings { head: 0, ..Settings::default() };
-    let rows = select(&assembly, &Policy::CacheClip(settings), Some(0.08), &signals).unwrap().rows;
+    let settings = Settings { head: 0, ..settings };
+    select(&assembly, &Policy::CacheClip(settings), Some(ratio), &signals).unwrap().rows
+}
+
+#[test]
+fn windows_surround_what_scores_high() {
+    let peaks = |chunk, at| if (chunk, at) == (0, 40) || (chunk, at) == (1, 70) { 9.0 } else { 0.0 };
+    let rows = taken(Settings { window: 8, ..Settings::default() }, 0.08, peaks);
     assert_eq!(rows.len(), 16);
     assert!(rows.contains(&44) && rows.contains(&174), "{rows:?}");
+    assert!(rows.iter().all(|&row| row.abs_diff(44) < 8 || row.abs_diff(174) < 8), "{rows:?}");
+}
+
+#[test]
+fn by_default_one_decisive_token_is_not_outweighed_by_a_run_of_mediocre_ones() {
+    // The best token stands alone in the second chunk; the eight next best ones stand together in the first.
+    let score = |chunk, at: u32| match (chunk, at) {
+        (1, 70) => 100.0,
+        (0, 40..48) => (48 - at) as f32,
+        _ => 0.0,
+    };
+    assert_eq!(taken(Settings::default(), 0.04, score), [44, 45, 46, 47, 48, 49, 50, 174]);
+    let windows = Settings { window: 8, ..Settings::default() };
+    assert_eq!(taken(windows, 0.04, score), [44, 45, 46, 47, 48, 49, 50, 51]);
 }
 
 #[test]

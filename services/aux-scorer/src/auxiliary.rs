@@ -203,12 +203,11 @@ impl Auxiliary {
             self.decoder.forward(&mut workspace.pages, pass)?;
             let mut scores = probe.scores();
             if follows {
-                for round in 0..FOLLOW_ROUNDS {
+                let mut followed = Vec::new();
+                for _ in 0..FOLLOW_ROUNDS {
                     // A round leaves the rows it followed recomputed.
-                    if round > 0 {
-                        self.assemble(workspace, prefix, chunks, &starts)?;
-                    }
-                    self.follow(workspace, chunks, &starts, &mut scores)?;
+                    self.restore(workspace, chunks, &starts, &followed)?;
+                    followed = self.follow(workspace, chunks, &starts, &mut scores)?;
                 }
             }
             Ok(scores)
@@ -239,16 +238,36 @@ impl Auxiliary {
         Ok(())
     }
 
+    /// Places single tokens of chunks again, canonical.
+    fn restore(
+        &self,
+        workspace: &mut Workspace,
+        chunks: &[Chunk],
+        starts: &[usize],
+        positions: &[usize],
+    ) -> Result<(), cacheclip_model::Error> {
+        let dim = self.decoder.config().head_dim;
+        let table = workspace.sequence.table();
+        for &position in positions {
+            let chunk = starts.partition_point(|&start| start <= position) - 1;
+            let token = position - starts[chunk];
+            let layers = chunks[chunk].kv.layers().map(|layer| layer.token(token, dim)).collect();
+            self.decoder.place(&mut workspace.pages, table, &ChunkKv::new(layers), position)?;
+        }
+        Ok(())
+    }
+
     /// Closure: the best tokens, computed again in context, point on to tokens of *other* chunks — a link's
     /// token looks for its source. What they attend to is scored by the largest attention over heads and
-    /// layers, times the score of the token that points.
+    /// layers, times the score of the token that points. Returns the positions of the tokens followed, whose KV is no
+    /// longer canonical.
     fn follow(
         &self,
         workspace: &mut Workspace,
         chunks: &[Chunk],
         starts: &[usize],
         scores: &mut [f32],
-    ) -> Result<(), cacheclip_model::Error> {
+    ) -> Result<Vec<usize>, cacheclip_model::Error> {
         let (first, end) = (starts[0], starts[starts.len() - 1]);
         let peak = scores[first..end].iter().fold(f32::MIN_POSITIVE, |a, &b| a.max(b));
         scores.iter_mut().for_each(|score| *score /= peak);
@@ -280,7 +299,7 @@ impl Auxiliary {
             }
         }
         scores.copy_from_slice(&total);
-        Ok(())
+        Ok(best)
     }
 
     /// Position-free KV of `ids` behind `behind`.

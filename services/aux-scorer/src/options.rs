@@ -24,7 +24,10 @@ pub struct Options {
     pub load_timeout_seconds: f64,
     /// Chunks that may wait to be written to the stores; one more is not stored.
     pub write_queue: usize,
-    /// Bytes of auxiliary chunk KV kept in RAM.
+    /// Bytes of auxiliary chunk KV kept in RAM for later requests. Besides, in bytes of the auxiliary model's KV for its
+    /// whole context: at most one such for each of `concurrency` (pages, committed as far as a request uses them), and
+    /// for each request that waits or runs what was evicted of its own chunks meanwhile. The last 64 prompt heads are
+    /// kept, too.
     pub cache_bytes: u64,
     /// Questions scored at the same time; each holds pages for the auxiliary model's whole context.
     pub concurrency: usize,

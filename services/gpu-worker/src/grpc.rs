@@ -152,7 +152,8 @@ impl Shared {
             tokio::join!(load, self.importance(&request, inbound, received));
         let mut opened = opened.map_err(to_status)?;
         let (rung, set) = self.rung(&request, &opened.found, &arrived)?;
-        let generation = self.generation(&request, &opened.found, rung, set, received);
+        let mut generation = self.generation(&request, &opened.found, rung, set, received);
+        generation.room = opened.room.take();
         let mut outcomes = self.engine.generate(generation, owed).map_err(to_status)?;
         // The engine takes layers as they come. What cannot be had at all ends the request.
         let mut relay = std::pin::pin!(async {
@@ -174,7 +175,12 @@ impl Shared {
             Ok(None)
         });
         let outcome = {
-            let mut complete = std::pin::pin!(opened.complete());
+            let mut complete = std::pin::pin!(async {
+                opened.complete().await?;
+                // The engine has its own.
+                opened.let_go();
+                Ok(())
+            });
             tokio::select! {
                 biased;
                 outcome = &mut relay => match outcome? {
@@ -302,6 +308,7 @@ impl Shared {
             max_tokens: request.max_tokens,
             stop: request.stop.clone(),
             eos: self.eos.clone(),
+            room: None,
             received,
             queued: Instant::now(),
         }

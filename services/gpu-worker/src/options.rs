@@ -52,7 +52,8 @@ pub struct Options {
     pub importance_timeout_seconds: f64,
     /// Longest wait for a chunk's layers before it is computed instead.
     pub load_timeout_seconds: f64,
-    /// Bytes of KV that may be on their way from the stores at a time; further loads wait.
+    /// Bytes of chunk KV that requests may hold at a time between asking for it and its placement in pages, whether it
+    /// is on its way, computed, or shared with the RAM tier; further requests wait.
     pub load_bytes: u64,
     /// Which of the chunks that the stores may have are loaded: `auto` (those that would be computed later),
     /// `always`, `never`.
@@ -87,7 +88,7 @@ impl Default for Options {
             prefill_rows: 64,
             importance_timeout_seconds: 5.0,
             load_timeout_seconds: 10.0,
-            load_bytes: 512 << 20,
+            load_bytes: 1 << 30,
             loading: Loading::Auto,
             pipeline: true,
             write_queue: 64,

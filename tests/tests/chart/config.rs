@@ -118,6 +118,9 @@ fn a_field_that_no_service_has_is_noticed_in_file_and_environment() {
 
 /// A value of a schema's kind.
 fn sample(schema: &Value, field: &str) -> String {
+    if let Some(value) = schema["enum"][0].as_str() {
+        return format!("\"{value}\"");
+    }
     match (schema["type"].as_str(), schema["$ref"].as_str()) {
         (Some("boolean"), _) => "true".into(),
         (Some("integer"), _) | (None, Some("#/definitions/bytes")) => "1".into(),

@@ -220,6 +220,8 @@ pub(crate) fn options(data: &Path) -> Options {
     options.gateway.score_timeout_seconds = 40.0;
     options.worker.importance_timeout_seconds = 50.0;
     options.worker.load_timeout_seconds = 50.0;
+    // Whether a tiny model's KV is loaded or computed must not depend on how busy the machine is, either.
+    options.worker.loading = cacheclip_gpu_worker::Loading::Always;
     options
 }
 

@@ -1,12 +1,24 @@
 //! `cacheclip bench`: how fast, beside whom, and where the time goes.
 
+mod batch;
+mod bed;
+mod curve;
+mod decay;
+mod fit;
 mod limits;
+mod load;
 mod measure;
 mod peers;
 mod process;
+mod reuse;
 mod speed;
+mod tuning;
 
+use anyhow::Context as _;
+use cacheclip_bench::plot::Chart;
 use clap::Subcommand;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// What is measured.
@@ -17,6 +29,14 @@ pub(crate) enum Bench {
     /// Time to the first token by reuse and by full prefill of the same prompt, everything counted: gateway, scorer,
     /// a cache-store in a process of its own, worker.
     Speed(speed::Arguments),
+    /// The same as a function of the prompt's length, with its linear and quadratic parts.
+    Curve(curve::Arguments),
+    /// Whether reuse wears out: many prompts over one corpus, no two in the same order, beside full prefills.
+    Decay(decay::Arguments),
+    /// Many requests at once over a slow link to the store: load each chunk, compute it, or choose.
+    Load(load::Arguments),
+    /// Many answers at once: throughput, what a long prefill does to running answers, what callers who leave free.
+    Batch(batch::Arguments),
 }
 
 pub(crate) async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
@@ -24,5 +44,23 @@ pub(crate) async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
         // Nothing of it is asynchronous, and it takes minutes.
         Bench::Peers(arguments) => tokio::task::spawn_blocking(move || peers::run(&arguments)).await?,
         Bench::Speed(arguments) => speed::run(arguments).await,
+        Bench::Curve(arguments) => curve::run(arguments).await,
+        Bench::Decay(arguments) => decay::run(arguments).await,
+        Bench::Load(arguments) => load::run(arguments).await,
+        Bench::Batch(arguments) => batch::run(arguments).await,
     }
+}
+
+/// Progress on standard error.
+fn bar(label: &'static str, length: u64) -> anyhow::Result<ProgressBar> {
+    let bar = ProgressBar::new(length);
+    let style = ProgressStyle::with_template("{prefix} [{bar:40}] {pos}/{len} {msg}")?;
+    bar.set_style(style.progress_chars("=> "));
+    bar.set_prefix(label);
+    Ok(bar)
+}
+
+/// Writes a chart.
+fn draw(chart: &Chart, path: &Path) -> anyhow::Result<()> {
+    std::fs::write(path, chart.svg()?).with_context(|| format!("cannot write {}", path.display()))
 }

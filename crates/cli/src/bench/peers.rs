@@ -3,6 +3,8 @@
 //! One round times every engine once, so that what else the machine does falls on all of them; a ratio is taken within
 //! a round, and the median over rounds is what counts.
 
+use super::bar;
+use super::bed::{Common, named};
 use super::measure::{Machine, Runs, peak_rss_bytes, use_threads};
 use super::process::Peers;
 use crate::text;
@@ -11,7 +13,7 @@ use cacheclip_model::config::Config;
 use cacheclip_model::load::{Source, load};
 use cacheclip_model::pages::Allocator;
 use cacheclip_model::{Cpu, Decoder, Logits, Pass};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::json;
 use std::path::PathBuf;
@@ -21,9 +23,8 @@ use std::time::Instant;
 /// Arguments of `bench peers`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Shape of the random weights.
-    #[arg(long, default_value = "smollm2-135m")]
-    shape: String,
+    #[command(flatten)]
+    common: Common,
     /// Tokens of the prompt; of decoding: tokens in the cache before the first step.
     #[arg(long, value_delimiter = ',', default_value = "2048")]
     tokens: Vec<usize>,
@@ -39,18 +40,12 @@ pub(crate) struct Arguments {
     /// Tokens decoded in a run.
     #[arg(long, default_value_t = 16)]
     steps: usize,
-    /// Threads of every engine.
-    #[arg(long, default_value_t = 2)]
-    threads: usize,
     /// Python with the peers installed.
     #[arg(long, default_value = "target/peers/venv/bin/python")]
     python: PathBuf,
     /// The script that runs the peers.
     #[arg(long, default_value = "crates/bench/peers/peers.py")]
     script: PathBuf,
-    /// Print JSON instead of a table.
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -94,9 +89,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     anyhow::ensure!(arguments.peers.iter().all(known), "peers: torch, llama.cpp, llama.cpp-plain");
     let of = |op: &String| ["prefill", "decode"].contains(&op.as_str());
     anyhow::ensure!(arguments.ops.iter().all(of), "ops: prefill, decode");
-    use_threads(arguments.threads)?;
-    let mut config = Config::shape(&arguments.shape)
-        .with_context(|| format!("shape: {:?}; known: {:?}", arguments.shape, Config::SHAPES))?;
+    use_threads(arguments.common.threads)?;
+    let mut config = named(&arguments.common.shape)?;
     let longest = arguments.tokens.iter().max().copied().unwrap_or(0) + arguments.steps;
     config.max_positions = config.max_positions.max(longest);
     let (parameters, shape) = (config.parameters(), config.clone());
@@ -105,8 +99,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut peers = Peers::start(&arguments.python, &arguments.script)?;
     let ours = load(&Source::Random { config, seed: 1 }, Cpu)?.decoder;
     let rounds = arguments.tokens.len() * arguments.ops.len() * (arguments.runs + 1);
-    let bar = ProgressBar::new((rounds * (1 + arguments.peers.len())) as u64);
-    bar.set_style(ProgressStyle::with_template("peers [{bar:40}] {pos}/{len} {msg}")?.progress_chars("=> "));
+    let bar = bar("peers", (rounds * (1 + arguments.peers.len())) as u64)?;
     let mut rows = Vec::new();
     for &tokens in &arguments.tokens {
         for op in &arguments.ops {
@@ -120,12 +113,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     let report = Report {
         machine,
-        shape: arguments.shape.clone(),
+        shape: arguments.common.shape.clone(),
         parameters,
         rows,
         peak_rss_bytes: peak_rss_bytes(),
     };
-    if arguments.json {
+    if arguments.common.json {
         return text::json(&report);
     }
     text::line(format_args!(
@@ -186,8 +179,8 @@ fn compare(
         for peer in &arguments.peers {
             bar.set_message(format!("{op} {tokens} {peer}"));
             let request = json!({
-                "peer": peer.trim_end_matches("-plain"), "shape": arguments.shape, "op": op, "tokens": tokens,
-                "steps": arguments.steps, "threads": arguments.threads, "flash_attention": !peer.ends_with("-plain"),
+                "peer": peer.trim_end_matches("-plain"), "shape": arguments.common.shape, "op": op, "tokens": tokens,
+                "steps": arguments.steps, "threads": arguments.common.threads, "flash_attention": !peer.ends_with("-plain"),
             });
             answers.push(peers.ask(&request)?);
             bar.inc(1);

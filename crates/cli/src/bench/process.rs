@@ -1,11 +1,16 @@
 //! Processes that a benchmark starts: Python peers that are asked line by line, and a cache-store.
 
 use anyhow::Context as _;
+use cacheclip_rpc::v1::cache_client::CacheClient;
+use cacheclip_rpc::v1::{StatRequest, StatResponse};
+use cacheclip_service::ConnectOptions;
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+use tonic::transport::Channel;
 
 /// The peers' process; ends with its standard input.
 #[derive(Debug)]
@@ -55,30 +60,72 @@ impl Drop for Peers {
     }
 }
 
+/// Longest wait for a store to answer.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Pause between two attempts to reach one that starts.
+const PAUSE: Duration = Duration::from_millis(20);
+/// Bytes that a store keeps in RAM: longer prompts' chunks than are measured.
+const STORE_RAM: u64 = 4 << 30;
+
+/// A free port of loopback. Someone else may take it before it is used; that shows at once.
+pub(crate) fn free_port() -> std::io::Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
 /// A cache-store in a process of its own; killed when dropped.
 #[derive(Debug)]
 pub(crate) struct Store {
     child: Child,
+    client: CacheClient<Channel>,
     /// Where it is dialled.
     pub(crate) endpoint: String,
 }
 
 impl Store {
-    /// Starts the binary that lies beside this one, with its files in `data`.
-    pub(crate) fn start(data: &Path) -> anyhow::Result<Self> {
+    /// Starts the binary that lies beside this one, with its files in `data`; it answers when this returns. Others
+    /// dial it at `advertise`, where that is not the port itself.
+    pub(crate) async fn start(data: &Path, port: u16, advertise: Option<String>) -> anyhow::Result<Self> {
         let program = std::env::current_exe()?.with_file_name("cacheclip-cache-store");
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        let (listen, data) =
-            (format!("service.listen=127.0.0.1:{port}"), format!("data_dir={}", data.display()));
+        let direct = format!("http://127.0.0.1:{port}");
+        let endpoint = advertise.unwrap_or_else(|| direct.clone());
+        let settings = [
+            format!("service.listen=127.0.0.1:{port}"),
+            format!("advertise={endpoint}"),
+            format!("data_dir={}", data.display()),
+            format!("ram_bytes={STORE_RAM}"),
+        ];
         let child = Command::new(&program)
-            .args(["--set", &listen, "--set", "service.admin_listen=127.0.0.1:0", "--set", &data])
+            .args(settings.iter().flat_map(|setting| ["--set", setting]))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .with_context(|| {
                 format!("{}: build it with cargo build --release --workspace --bins", program.display())
             })?;
-        Ok(Self { child, endpoint: format!("http://127.0.0.1:{port}") })
+        let client = CacheClient::new(cacheclip_service::connect(&direct, &ConnectOptions::default())?);
+        let mut store = Self { child, client, endpoint };
+        tokio::time::timeout(PATIENCE, store.answers())
+            .await
+            .context("the cache-store does not answer")??;
+        Ok(store)
+    }
+
+    /// Returns when it answers; fails when it has ended.
+    async fn answers(&mut self) -> anyhow::Result<()> {
+        while self.stat().await.is_err() {
+            if let Some(status) = self.child.try_wait()? {
+                anyhow::bail!("the cache-store did not start: {status}");
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// What it holds, asked directly and not through a link.
+    pub(crate) async fn stat(&self) -> anyhow::Result<StatResponse> {
+        let mut client = self.client.clone();
+        let answer = tokio::time::timeout(PATIENCE, client.stat(StatRequest {}));
+        Ok(answer.await.context("the cache-store does not answer")??.into_inner())
     }
 
     /// CPU seconds it has used.

@@ -4,54 +4,42 @@
 //! 30M parameters, transfer from a cache-store in a process of its own, verification, decoding, rotation, repair,
 //! question. The worker keeps no chunks in RAM, and every round has its chunks in another order.
 
-use super::measure::{Machine, Runs, cpu_seconds, peak_rss_bytes, use_threads};
-use super::process::Store;
-use crate::demo::compare::{ask, request};
-use crate::{ingest, text};
-use cacheclip::fleet::{Fleet, Options};
-use cacheclip_bench::{Family, world};
-use cacheclip_prompt::Composer;
-use cacheclip_rpc::v1::gateway_client::GatewayClient;
-use cacheclip_rpc::v1::{Done, GenerateRequest};
-use indicatif::{ProgressBar, ProgressStyle};
-use rand::SeedableRng as _;
-use rand::seq::SliceRandom as _;
+use super::bar;
+use super::bed::{self, Bed};
+use super::measure::Machine;
+use super::reuse::{self, HEADER, Plan, Row, Variant};
+use super::tuning::{Tuning, on_off};
+use crate::text;
+use cacheclip::fleet::Options;
+use cacheclip_gpu_worker::Loading;
 use serde::Serialize;
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::ExitCode;
-use tonic::transport::Channel;
-
-/// Bytes of paged KV: room for the longest prompt of either shape.
-const PAGES: u64 = 4 << 30;
 
 /// Arguments of `bench speed`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Shape of the primary's random weights.
-    #[arg(long, default_value = "smollm2-135m")]
-    shape: String,
+    #[command(flatten)]
+    bed: bed::Arguments,
+    #[command(flatten)]
+    tuning: Tuning,
     /// Tokens in chunks, about.
     #[arg(long, value_delimiter = ',', default_value = "1024,2048,4096")]
     tokens: Vec<usize>,
     /// Shares of the reused tokens to recompute.
     #[arg(long, value_delimiter = ',', default_value = "0.2,0.1,0", value_parser = text::share)]
     ratios: Vec<f32>,
-    /// Tokens per chunk, about.
+    /// Tokens per chunk, about; a shorter prompt is one chunk.
     #[arg(long, default_value_t = 512)]
     chunk: usize,
     /// Rounds.
     #[arg(long, default_value_t = 5)]
     runs: usize,
-    /// Threads of every kernel.
-    #[arg(long, default_value_t = 2)]
-    threads: usize,
-    /// Directory with the models `primary/` and `aux/`: their tokenizers are used.
-    #[arg(long, default_value = "models/tiny")]
-    models: PathBuf,
-    /// Print JSON instead of a table.
-    #[arg(long)]
-    json: bool,
+    /// Put the store behind a link of so many millions of bytes per second, each in turn.
+    #[arg(long, value_delimiter = ',')]
+    link_mb_per_s: Vec<f64>,
+    /// Compute a layer while the next one is loaded: on, off, or both in turns.
+    #[arg(long, value_delimiter = ',', default_value = "on", value_parser = on_off)]
+    pipeline: Vec<bool>,
 }
 
 #[derive(Debug, Serialize)]
@@ -59,169 +47,91 @@ struct Report {
     machine: Machine,
     shape: String,
     chunk_tokens: usize,
+    loading: Loading,
     rows: Vec<Row>,
+    break_even: Vec<BreakEven>,
+    /// The highest of the rows.
     peak_rss_bytes: u64,
 }
 
+/// The shortest prompt measured that reuse answers sooner than full prefill.
 #[derive(Debug, Serialize)]
-struct Row {
-    /// Of the prompt.
-    tokens: u32,
-    chunks: usize,
+struct BreakEven {
     ratio: f32,
-    realised_ratio: f32,
-    ttft_full_ms: Runs,
-    ttft_reuse_ms: Runs,
-    /// Full prefill over reuse, round by round.
-    speedup: Runs,
-    /// Median milliseconds of each stage of reuse.
-    stages_ms: BTreeMap<String, f64>,
-    /// CPU seconds of one request, all processes.
-    cpu_seconds_full: Runs,
-    cpu_seconds_reuse: Runs,
-    /// Prompt tokens per second of full prefill.
-    full_tokens_per_second: f64,
-    hits: u32,
+    link_mb_per_s: Option<f64>,
+    pipeline: bool,
+    /// `None`: none of those measured.
+    tokens: Option<u32>,
 }
 
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    use_threads(arguments.threads)?;
+    let common = &arguments.bed.common;
+    let bed = Bed::start(&arguments.bed, !arguments.link_mb_per_s.is_empty()).await?;
     let machine = Machine::here();
-    let data = tempfile::tempdir()?;
-    let store = Store::start(data.path())?;
-    let mut options = Options::embedded(&arguments.models, data.path());
-    options.stores = vec![store.endpoint.clone()];
-    options.worker.random_shape = Some(arguments.shape.clone());
-    (options.worker.ram_bytes, options.worker.page_bytes) = (1, PAGES);
-    options.gateway.service.max_message_bytes = 64 << 20;
-    options.worker.service.max_message_bytes = 64 << 20;
-    if let Some(scorer) = &mut options.scorer {
-        scorer.random_shape = Some("aux-30m".into());
-        scorer.cache_bytes = 4 << 30;
+    let mut stands = Vec::new();
+    for &on in &arguments.pipeline {
+        let tune = |options: &mut Options| {
+            (options.worker.pipeline, options.worker.loading) = (on, arguments.tuning.loading);
+        };
+        stands.push(bed.fleet(tune).await?);
     }
-    let fleet = Fleet::start(options).await?;
-    let mut client = fleet.client().await?;
-    let composer = Composer::from_dir(&arguments.models.join("primary"))?;
-    let bar =
-        ProgressBar::new((arguments.tokens.len() * arguments.runs * (arguments.ratios.len() + 1)) as u64);
-    bar.set_style(ProgressStyle::with_template("speed [{bar:40}] {pos}/{len} {msg}")?.progress_chars("=> "));
+    let plan = Plan {
+        variants: variants(&arguments),
+        ratios: arguments.ratios.clone(),
+        runs: arguments.runs,
+        full: true,
+    };
+    let bar = bar("speed", plan.requests() * arguments.tokens.len() as u64)?;
     let mut rows = Vec::new();
     for (seed, &tokens) in arguments.tokens.iter().enumerate() {
-        let chunks = chunks(&composer, tokens, arguments.chunk, seed as u64 * 1000)?;
-        ingest::send(&mut client, vec![(format!("{tokens} tokens"), chunks.clone())], "ingest").await?;
-        rows.extend(measure(&arguments, &mut client, &store, chunks, &bar).await?);
+        let each = arguments.chunk.min(tokens).max(1);
+        let chunks = bed.texts((tokens / each).max(1), each, seed as u64)?;
+        stands[0].ingest(&chunks).await?;
+        rows.extend(reuse::measure(&bed, &mut stands, &plan, chunks, &bar).await?);
     }
     bar.finish_and_clear();
-    fleet.drain().await;
+    for stand in stands {
+        stand.drain().await;
+    }
     let report = Report {
         machine,
-        shape: arguments.shape.clone(),
+        shape: common.shape.clone(),
         chunk_tokens: arguments.chunk,
+        loading: arguments.tuning.loading,
+        break_even: break_even(&plan, &rows),
+        peak_rss_bytes: rows.iter().map(|row| row.peak_rss_bytes).max().unwrap_or(0),
         rows,
-        peak_rss_bytes: peak_rss_bytes(),
     };
-    if arguments.json {
+    if common.json {
         return text::json(&report);
     }
     report.print(arguments.runs);
     Ok(ExitCode::SUCCESS)
 }
 
-/// Texts of about `each` tokens that have `tokens` together, no two alike.
-fn chunks(composer: &Composer, tokens: usize, each: usize, mut seed: u64) -> anyhow::Result<Vec<String>> {
-    let (mut chunks, mut chunk, mut length) = (Vec::new(), Vec::new(), 0);
-    let count = (tokens / each).max(1);
-    while chunks.len() < count {
-        seed += 1;
-        for document in world::generate(seed, 4, 1, &Family::ALL).documents {
-            length += composer.chunk(&document.text)?.ids.len();
-            chunk.push(document.text);
-            if length >= each.min(tokens) {
-                chunks.push(chunk.join(" "));
-                (chunk, length) = (Vec::new(), 0);
-            }
-        }
-    }
-    chunks.truncate(count);
-    Ok(chunks)
+/// Every link with every fleet.
+fn variants(arguments: &Arguments) -> Vec<Variant> {
+    let links: Vec<Option<f64>> = match &arguments.link_mb_per_s[..] {
+        [] => vec![None],
+        rates => rates.iter().copied().map(Some).collect(),
+    };
+    let fleets = arguments.pipeline.iter().enumerate();
+    let with = |link| fleets.clone().map(move |(stand, &pipeline)| Variant { link, stand, pipeline });
+    links.into_iter().flat_map(with).collect()
 }
 
-/// What one request cost.
-struct Cost {
-    ttft_ms: f64,
-    cpu_seconds: f64,
-    done: Done,
-}
-
-async fn measure(
-    arguments: &Arguments,
-    client: &mut GatewayClient<Channel>,
-    store: &Store,
-    mut chunks: Vec<String>,
-    bar: &ProgressBar,
-) -> anyhow::Result<Vec<Row>> {
-    let mut random = rand::rngs::StdRng::seed_from_u64(7);
-    let question = "What is the code of the bell ?";
-    let mut full = Vec::new();
-    let mut reused: Vec<Vec<Cost>> = arguments.ratios.iter().map(|_| Vec::new()).collect();
-    // The first round is thrown away: pages are touched and connections made.
-    for round in 0..=arguments.runs {
-        chunks.shuffle(&mut random);
-        let asked = |policy: &str| request(chunks.clone(), question, policy, 1);
-        let mut costs = vec![cost(client, store, asked("full")).await?];
-        for &ratio in &arguments.ratios {
-            let request = GenerateRequest { ratio: Some(ratio), ..asked("cacheclip") };
-            costs.push(cost(client, store, request).await?);
-        }
-        if round == 0 {
-            continue;
-        }
-        bar.inc(costs.len() as u64);
-        let mut costs = costs.into_iter();
-        full.extend(costs.next());
-        reused.iter_mut().zip(costs).for_each(|(into, cost)| into.push(cost));
-    }
-    let rows = arguments.ratios.iter().zip(reused);
-    Ok(rows.map(|(&ratio, reused)| row(ratio, chunks.len(), &full, &reused)).collect())
-}
-
-async fn cost(
-    client: &mut GatewayClient<Channel>,
-    store: &Store,
-    request: GenerateRequest,
-) -> anyhow::Result<Cost> {
-    let before = cpu_seconds("self") + store.cpu_seconds();
-    let answer = ask(client, request).await?;
-    let cpu_seconds = cpu_seconds("self") + store.cpu_seconds() - before;
-    Ok(Cost { ttft_ms: answer.ttft_ms, cpu_seconds, done: answer.done })
-}
-
-fn row(ratio: f32, chunks: usize, full: &[Cost], reused: &[Cost]) -> Row {
-    let runs = |of: &dyn Fn(&Cost) -> f64, costs: &[Cost]| Runs::of(costs.iter().map(of).collect());
-    let explain = |cost: &Cost| cost.done.explain.clone().unwrap_or_default();
-    let mut stages: BTreeMap<String, Vec<f64>> = BTreeMap::new();
-    for stage in reused.iter().flat_map(|cost| explain(cost).stages) {
-        stages.entry(stage.name).or_default().push(stage.seconds * 1e3);
-    }
-    let ttft_full_ms = runs(&|cost| cost.ttft_ms, full);
-    let tokens = full.last().and_then(|cost| cost.done.usage.as_ref()).map_or(0, |usage| usage.prompt_tokens);
-    let last = reused.last().map(explain).unwrap_or_default();
-    Row {
-        tokens,
-        chunks,
-        ratio,
-        realised_ratio: last.realised_ratio,
-        ttft_reuse_ms: runs(&|cost| cost.ttft_ms, reused),
-        speedup: Runs::of(
-            full.iter().zip(reused).map(|(full, reuse)| full.ttft_ms / reuse.ttft_ms).collect(),
-        ),
-        stages_ms: stages.into_iter().map(|(name, values)| (name, Runs::of(values).median)).collect(),
-        cpu_seconds_full: runs(&|cost| cost.cpu_seconds, full),
-        cpu_seconds_reuse: runs(&|cost| cost.cpu_seconds, reused),
-        full_tokens_per_second: f64::from(tokens) / ttft_full_ms.median * 1e3,
-        ttft_full_ms,
-        hits: last.chunks.iter().filter(|chunk| chunk.hit).count() as u32,
-    }
+fn break_even(plan: &Plan, rows: &[Row]) -> Vec<BreakEven> {
+    let cells =
+        plan.variants.iter().flat_map(|variant| plan.ratios.iter().map(move |&ratio| (variant, ratio)));
+    let of = |(variant, ratio): (&Variant, f32)| {
+        let same = |row: &&Row| {
+            row.ratio == ratio && row.link_mb_per_s == variant.link && row.pipeline == variant.pipeline
+        };
+        let faster = |row: &&Row| row.speedup.as_ref().is_some_and(|speedup| speedup.median > 1.0);
+        let tokens = rows.iter().filter(same).filter(faster).map(|row| row.tokens).min();
+        BreakEven { ratio, link_mb_per_s: variant.link, pipeline: variant.pipeline, tokens }
+    };
+    cells.map(of).collect()
 }
 
 impl Report {
@@ -232,25 +142,18 @@ impl Report {
             self.shape,
             self.chunk_tokens
         ));
-        let cells = |row: &Row| {
-            vec![
-                row.tokens.to_string(),
-                format!("{:.2}", row.ratio),
-                format!("{:.3}", row.realised_ratio),
-                format!("{}/{}", row.hits, row.chunks),
-                row.ttft_full_ms.text(0),
-                row.ttft_reuse_ms.text(0),
-                row.speedup.text(2),
-                format!("{:.2} / {:.2}", row.cpu_seconds_full.median, row.cpu_seconds_reuse.median),
-            ]
-        };
-        let header =
-            ["tokens", "ratio", "realised", "hits", "full ms", "reuse ms", "speed-up", "CPU s full / reuse"];
-        text::table(&header, &self.rows.iter().map(cells).collect::<Vec<_>>());
+        text::table(&HEADER, &self.rows.iter().map(Row::cells).collect::<Vec<_>>());
         for row in &self.rows {
             let stages: Vec<String> =
                 row.stages_ms.iter().map(|(name, ms)| format!("{name} {ms:.1}")).collect();
-            text::line(format_args!("{} at {:.2}, ms: {}", row.tokens, row.ratio, stages.join(", ")));
+            let (tokens, ratio, variant) = (row.tokens, row.ratio, row.variant());
+            text::line(format_args!("{tokens} at {ratio:.2} {variant}, ms: {}", stages.join(", ")));
+        }
+        for even in &self.break_even {
+            let tokens =
+                even.tokens.map_or("none of these lengths".into(), |tokens| format!("{tokens} tokens"));
+            let (ratio, variant) = (even.ratio, reuse::variant(even.link_mb_per_s, even.pipeline));
+            text::line(format_args!("reuse at {ratio:.2} {variant} is ahead from {tokens} on"));
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::Error;
 use super::job::{Prompt, fail};
 use super::turns::Tenant;
+use crate::loader::Room;
 use cacheclip_chunk::ByteSpan;
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::pages::Sequence;
@@ -57,6 +58,8 @@ pub(crate) struct Generation {
     pub stop: Vec<String>,
     /// Tokens that end the answer.
     pub eos: Vec<u32>,
+    /// What its KV takes until it is placed.
+    pub room: Option<Room>,
     /// When the request reached the worker.
     pub received: Instant,
     /// When it was handed to the engine.
@@ -93,6 +96,7 @@ impl Generation {
             max_tokens: 0,
             stop: Vec::new(),
             eos: Vec::new(),
+            room: None,
             received: Instant::now(),
             queued: Instant::now(),
         }

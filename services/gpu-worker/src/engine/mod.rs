@@ -41,7 +41,9 @@ pub(crate) enum Error {
     #[error("the worker's queue is full")]
     Busy,
     /// The sequence is larger than all pages together; shorten the prompt or enlarge the budget.
-    #[error("the sequence needs {wanted} pages, the worker has {total}")]
+    #[error(
+        "the sequence needs {wanted} pages of KV, the worker has {total}: shorten the prompt or the answer, or raise page_bytes"
+    )]
     TooLarge {
         /// Pages wanted.
         wanted: usize,

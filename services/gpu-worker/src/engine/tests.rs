@@ -50,6 +50,7 @@ fn plain(prompt: usize, answer: usize, tenant: &str) -> Generation {
         max_tokens: answer,
         stop: Vec::new(),
         eos: Vec::new(),
+        room: None,
         received: Instant::now(),
         queued: Instant::now(),
     }

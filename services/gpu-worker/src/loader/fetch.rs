@@ -10,7 +10,7 @@ use cacheclip_model::layout::layer;
 use cacheclip_rpc::v1::{MissReason, Tier};
 use futures::StreamExt as _;
 use std::sync::Arc;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -103,7 +103,6 @@ impl Reading {
         self.opened = Some(opened);
         let bytes = wanted.iter().map(|want| loader.bytes(want.ids.len())).sum();
         let read = async {
-            let _permit: Option<OwnedSemaphorePermit> = loader.admit(bytes).await;
             let mut flight = loader.link.begin(bytes);
             let keys: Vec<_> = wanted.iter().map(|want| want.key).collect();
             let layers = 0..loader.layers() as u32;

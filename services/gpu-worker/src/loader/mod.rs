@@ -14,6 +14,7 @@ use crate::ram::{Ram, Section};
 use crate::writer::Writer;
 use cacheclip_chunk::{ByteSpan, ChunkKey};
 use cacheclip_client::{Located, StoreClient};
+use cacheclip_model::kv::ChunkKv;
 use cacheclip_plan::{Cost, Server, Way, divide};
 use cacheclip_rpc::v1::{MissReason, Tier};
 use cacheclip_service::seconds;
@@ -47,6 +48,9 @@ pub(crate) struct Found {
     pub reason: Option<MissReason>,
 }
 
+/// A share of the KV that requests may hold before it is placed.
+pub(crate) type Room = OwnedSemaphorePermit;
+
 /// Finds sections. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Loader {
@@ -58,7 +62,7 @@ pub(crate) struct Loader {
     anchor: Arc<[u32]>,
     loading: Loading,
     link: Link,
-    /// Bytes that may be on their way at a time, in MiB.
+    /// What requests may hold before it is placed, in MiB.
     room: Arc<Semaphore>,
     most_mib: u32,
     timeout: Duration,
@@ -102,6 +106,7 @@ impl Loader {
     /// # Errors
     /// Only what keeps a section from being computed.
     pub(crate) async fn open(&self, wanted: &[Wanted], tenant: &Tenant) -> Result<Opened, Error> {
+        let room = self.admit(wanted).await;
         let mut known: HashMap<ChunkKey, Found> = HashMap::new();
         let mut lacking: Vec<&Wanted> = Vec::new();
         let mut seen = HashSet::new();
@@ -146,6 +151,7 @@ impl Loader {
             keys: wanted.iter().map(|want| want.key).collect(),
             asked: asked.iter().map(|want| want.key).collect(),
             fetch,
+            room,
         })
     }
 
@@ -169,10 +175,12 @@ impl Loader {
         (asked, computed.into_iter().map(|(want, _)| (want, MissReason::Cost)).collect())
     }
 
-    /// Room for so many bytes on their way; waits for others' loads. `None` once loading has stopped for good.
-    async fn admit(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
-        let wanted = (bytes >> 20).clamp(1, self.most_mib.into()) as u32;
-        Arc::clone(&self.room).acquire_many_owned(wanted).await.ok()
+    /// Room for a request's KV, or for as much of it as there can be; waits for that of others.
+    async fn admit(&self, wanted: &[Wanted]) -> Option<Room> {
+        let bytes: u64 = wanted.iter().map(|want| self.bytes(want.ids.len())).sum();
+        let mib = (bytes >> 20).clamp(1, self.most_mib.into()) as u32;
+        // Never closed.
+        Arc::clone(&self.room).acquire_many_owned(mib).await.ok()
     }
 
     /// Bytes of a section's KV in memory.
@@ -291,6 +299,8 @@ pub(crate) struct Opened {
     /// What the stores were asked for.
     asked: Vec<ChunkKey>,
     fetch: Option<Fetch>,
+    /// Of all KV of the request, until it is placed.
+    pub room: Option<Room>,
 }
 
 impl Opened {
@@ -308,6 +318,11 @@ impl Opened {
             }
         }
         Ok(())
+    }
+
+    /// Lets go of the KV; how it was had stays known.
+    pub(crate) fn let_go(&mut self) {
+        self.found.iter_mut().for_each(|found| found.section.kv = ChunkKv::new(Vec::new()));
     }
 }
 
