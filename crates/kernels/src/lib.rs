@@ -11,6 +11,7 @@
 #![allow(clippy::needless_range_loop, reason = "arrays of registers are addressed by constant indices")]
 
 pub mod attend;
+mod inner;
 pub mod matrix;
 pub mod ops;
 pub mod page;

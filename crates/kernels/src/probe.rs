@@ -5,9 +5,10 @@
 //! computed twice, nor are weights read more than once.
 
 use crate::attend::{BLOCK, Queries, Split, attend_rows, merge, whole, with_scratch};
+use crate::inner::{vectors, vectors_mut};
 use crate::page::{LayerView, PAGE_TOKENS};
 use crate::simd::widest;
-use crate::tile::{Into, Kept, Sweep, TILE_PAGES, group_of, vectors, vectors_mut, with_registers};
+use crate::tile::{Into, Kept, Sweep, TILE_PAGES, group_of, with_registers};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::cell::Cell;
