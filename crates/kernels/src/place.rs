@@ -106,11 +106,7 @@ fn scatter_row(
 }
 
 /// Pages of a pool, each with what it is wanted for, to be written side by side.
-fn apart<'a, T>(
-    pool: &'a mut [f32],
-    shape: HeadShape,
-    mut wanted: Vec<(usize, T)>,
-) -> Vec<(&'a mut [f32], T)> {
+fn apart<T>(pool: &mut [f32], shape: HeadShape, mut wanted: Vec<(usize, T)>) -> Vec<(&mut [f32], T)> {
     wanted.sort_unstable_by_key(|(page, _)| *page);
     let (mut rest, mut next) = (pool, 0);
     let split = |(page, with): (usize, T)| {
