@@ -18,12 +18,12 @@ fn models() -> PathBuf {
 
 fn pair() -> &'static Pair {
     static PAIR: OnceLock<Pair> = OnceLock::new();
-    PAIR.get_or_init(|| Pair::load(&models().join("primary"), &models().join("aux")).unwrap())
+    PAIR.get_or_init(|| Pair::load(&models().join("primary"), &models().join("aux")).expect("the tiny pair"))
 }
 
 fn reference() -> &'static Reference {
     static REFERENCE: OnceLock<Reference> = OnceLock::new();
-    REFERENCE.get_or_init(|| Reference::load(&models().join("primary")).unwrap())
+    REFERENCE.get_or_init(|| Reference::load(&models().join("primary")).expect("the tiny pair evaluates"))
 }
 
 fn positions(start: usize, count: usize) -> Vec<u32> {
@@ -33,19 +33,21 @@ fn positions(start: usize, count: usize) -> Vec<u32> {
 /// Selections of every policy that recomputes, on one task.
 fn selections(family: Family, ratio: f32, mut look: impl FnMut(&dyn Policy, &View<'_>, Vec<u32>)) {
     let policies = catalogue(&[]);
-    let mut bench = Bench::new(pair(), Some(reference()), 1).unwrap();
+    let mut bench = Bench::new(pair(), Some(reference()), 1).expect("the tiny pair evaluates");
     let task = family.task(77, 0);
     let needs: Vec<Signal> = policies.iter().filter(|it| it.takes(ratio)).flat_map(|it| it.needs()).collect();
-    let aux = bench.auxiliary(&task, &needs).unwrap();
+    let aux = bench.auxiliary(&task, &needs).expect("the tiny pair evaluates");
     let mut tools = bench.instruments();
-    let prepared = Prepared::new(tools.primary, &task, &[Anchor::Bos, Anchor::Nothing]).unwrap();
-    let signals: Signals = measure(&mut tools, &prepared, aux.as_ref(), &needs).unwrap();
+    let prepared = Prepared::new(tools.primary, &task, &[Anchor::Bos, Anchor::Nothing])
+        .expect("the tiny pair evaluates");
+    let signals: Signals =
+        measure(&mut tools, &prepared, aux.as_ref(), &needs).expect("the tiny pair evaluates");
     for policy in
         policies.iter().filter(|policy| policy.takes(ratio) && policy.name() != "cacheclip-adaptive")
     {
         let assembly = prepared.assembly(policy.anchor());
         let view = View { assembly, prepared: &prepared, signals: &signals, seed: 5 };
-        let rows = policy.select(&view, ratio).unwrap();
+        let rows = policy.select(&view, ratio).expect("the tiny pair evaluates");
         look(&**policy, &view, rows);
     }
 }
@@ -236,7 +238,7 @@ fn settings(out: Option<PathBuf>, resume: bool, threads: usize) -> Settings {
 
 /// Everything of a report but its seconds.
 fn figures(report: &cacheclip_bench::eval::Report) -> serde_json::Value {
-    let mut value = serde_json::to_value(report).unwrap();
+    let mut value = serde_json::to_value(report).expect("the tiny pair evaluates");
     value["seconds"].take();
     value
 }

@@ -26,7 +26,7 @@ pub struct Sampler(Draw);
 
 enum Draw {
     Greedy,
-    Random(LogitsProcessor),
+    Random(Box<LogitsProcessor>),
 }
 
 impl std::fmt::Debug for Sampler {
@@ -44,7 +44,7 @@ impl Sampler {
             Options { top_p, .. } if top_p < 1.0 => Sampling::TopP { p: f64::from(top_p), temperature },
             _ => Sampling::All { temperature },
         };
-        Self(Draw::Random(LogitsProcessor::from_sampling(options.seed, sampling)))
+        Self(Draw::Random(Box::new(LogitsProcessor::from_sampling(options.seed, sampling))))
     }
 
     /// The next token from logits `[vocab]`.

@@ -140,28 +140,21 @@ impl<D: Device> Decoder<D> {
             export.push(walk.layer, device.export(&qkv, &geometry), geometry.head_dim);
         }
         device.scatter(pages, at, &mut qkv, &geometry, positions, &self.rope)?;
-        let mut probe = collect.probe;
-        // Where not all rows attend, they are looked at by themselves.
-        if last
-            && walk.wanted != Logits::All
-            && let Some(probe) = probe.take()
-        {
-            self.look(pages, at, &qkv, positions, probe);
-        }
-        match needed.filter(|needed| last && needed.len() < positions.len()) {
-            // Behind the last layer only these rows are asked for.
-            Some(needed) => {
+        if last && walk.wanted != Logits::All {
+            // Behind the last layer few rows are asked for, or none; what is looked at is looked at by itself.
+            if let Some(probe) = collect.probe {
+                self.look(pages, at, &qkv, positions, probe);
+            }
+            if let Some(needed) = needed {
                 let at_rows: Vec<usize> = needed.clone().collect();
                 let qkv = device.take(&qkv, &at_rows);
                 *x = device.take(x, &at_rows);
                 let attended = device.attend_rows(pages, at, &qkv, &geometry, &positions[needed]);
                 self.feed(x, &attended, layer);
             }
-            None if last && walk.wanted != Logits::All => {}
-            None => {
-                let attended = self.attend(pages, at, &qkv, positions, probe);
-                self.feed(x, &attended, layer);
-            }
+        } else {
+            let attended = self.attend(pages, at, &qkv, positions, collect.probe);
+            self.feed(x, &attended, layer);
         }
         walk.block += 1;
         if walk.block == walk.blocks.len() {

@@ -2,12 +2,13 @@
 
 use cacheclip_model::load::{Source, load};
 use cacheclip_model::pages::Allocator;
-use cacheclip_model::{Batch, Cpu, Decoder, Pass, config::Config};
+use cacheclip_model::walk::BLOCK_ROWS;
+use cacheclip_model::{Batch, Cpu, Decoder, Logits, Pass, config::Config};
 
 fn small() -> Decoder<Cpu> {
-    let config = Config::shape("aux-30m").unwrap();
+    let config = Config::shape("aux-30m").expect("a known shape");
     let config = Config { layers: 2, vocab: 500, ..config };
-    load(&Source::Random { config, seed: 3 }, Cpu).unwrap().decoder
+    load(&Source::Random { config, seed: 3 }, Cpu).expect("random weights").decoder
 }
 
 #[test]
@@ -38,6 +39,27 @@ fn sequences_that_are_decoded_together_get_what_each_gets_alone() {
     let scale = alone.iter().fold(0f32, |most, v| most.max(v.abs()));
     let worst = alone.iter().zip(&together).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
     assert!(worst < 1e-4 * scale, "differs by {worst} of {scale}");
+}
+
+#[test]
+fn the_last_rows_logits_are_the_same_alone_and_among_all_whatever_is_left_for_the_last_block() {
+    let decoder = small();
+    let allocator = Allocator::new(64);
+    let mut pages = decoder.pages(64).unwrap();
+    for rows in [1, 2, BLOCK_ROWS, BLOCK_ROWS + 1, BLOCK_ROWS + 2] {
+        let sequence = allocator.sequence(rows).unwrap();
+        let ids: Vec<u32> = (0..rows as u32).map(|i| i * 13 % 500).collect();
+        let positions: Vec<u32> = (0..rows as u32).collect();
+        let mut logits = |logits| {
+            let pass = Pass { logits, ..Pass::new(&ids, &positions, sequence.table()) };
+            decoder.forward(&mut pages, pass).unwrap()
+        };
+        let (last, all) = (logits(Logits::Last), logits(Logits::All));
+        let want = &all[all.len() - last.len()..];
+        let worst = last.iter().zip(want).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        let scale = want.iter().fold(0f32, |most, v| most.max(v.abs()));
+        assert!(worst < 1e-4 * scale, "{rows} rows: differs by {worst} of {scale}");
+    }
 }
 
 #[test]

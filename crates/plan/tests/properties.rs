@@ -108,7 +108,7 @@ fn taken(settings: Settings, ratio: f32, score: impl Fn(usize, u32) -> f32) -> V
         .collect();
     let signals = Signals { scored: Some(&scored), spans: vec![&spans, &spans], ..Signals::default() };
     let settings = Settings { head: 0, ..settings };
-    select(&assembly, &Policy::CacheClip(settings), Some(ratio), &signals).unwrap().rows
+    select(&assembly, &Policy::CacheClip(settings), Some(ratio), &signals).expect("a selection").rows
 }
 
 #[test]
