@@ -15,6 +15,8 @@ use rayon::prelude::*;
 
 /// Rows that one thread norms the heads of: fewer are not worth handing over.
 const NORM_ROWS: usize = 32;
+/// Bytes.
+const CACHE_LINE: usize = 64;
 
 /// The host's processor; rayon's threads are its cores.
 #[derive(Clone, Copy, Debug, Default)]
@@ -41,13 +43,38 @@ impl Rows {
 /// Paged KV: one pool per layer.
 #[derive(Debug)]
 pub struct Pages {
-    layers: Vec<Vec<f32>>,
+    layers: Vec<Pool>,
     shape: HeadShape,
+}
+
+/// One layer's pages from a cache line's beginning on, so that no vector of a tile lies across two lines.
+#[derive(Debug)]
+struct Pool {
+    data: Vec<f32>,
+    first: usize,
+}
+
+impl Pool {
+    /// Zeroed memory is only committed when touched, so an idle pool costs nothing. (An allocation that asks for the
+    /// alignment would be written to be zeroed.)
+    fn new(floats: usize) -> Self {
+        let data = vec![0.0; floats + CACHE_LINE / size_of::<f32>()];
+        let first = data.as_ptr().align_offset(CACHE_LINE);
+        Self { data, first }
+    }
+
+    fn get(&self) -> &[f32] {
+        &self.data[self.first..]
+    }
+
+    fn get_mut(&mut self) -> &mut [f32] {
+        &mut self.data[self.first..]
+    }
 }
 
 impl Pages {
     fn view<'a>(&'a self, at: At<'a>) -> LayerView<'a> {
-        LayerView { pool: &self.layers[at.layer], table: at.table, shape: self.shape }
+        LayerView { pool: self.layers[at.layer].get(), table: at.table, shape: self.shape }
     }
 }
 
@@ -72,8 +99,7 @@ impl Device for Cpu {
 
     fn pages(&self, geometry: &Geometry, count: usize) -> Result<Pages, Error> {
         let shape = HeadShape { kv_heads: geometry.kv_heads, head_dim: geometry.head_dim };
-        // Zeroed memory is only committed when touched, so an idle pool costs nothing.
-        let layers = (0..geometry.layers).map(|_| vec![0.0; count * shape.page()]).collect();
+        let layers = (0..geometry.layers).map(|_| Pool::new(count * shape.page())).collect();
         Ok(Pages { layers, shape })
     }
 
@@ -156,7 +182,7 @@ impl Device for Cpu {
         rope: &RopeTable,
     ) -> Result<(), Error> {
         let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
-        place(&mut pages.layers[at.layer], at.table, pages.shape, stored, start, rope);
+        place(pages.layers[at.layer].get_mut(), at.table, pages.shape, stored, start, rope);
         Ok(())
     }
 
@@ -172,7 +198,7 @@ impl Device for Cpu {
         pages.layers.par_iter_mut().enumerate().for_each(|(layer, pool)| {
             let Some(kv) = kv.layer(layer) else { return };
             let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
-            place(pool, table, shape, stored, start, rope);
+            place(pool.get_mut(), table, shape, stored, start, rope);
         });
         Ok(())
     }
@@ -186,7 +212,7 @@ impl Device for Cpu {
         positions: &[u32],
         rope: &RopeTable,
     ) -> Result<(), Error> {
-        let pool = &mut pages.layers[at.layer];
+        let pool = pages.layers[at.layer].get_mut();
         scatter(pool, at.table, pages.shape, geometry.heads, &mut qkv.data, positions, rope);
         Ok(())
     }
@@ -215,7 +241,7 @@ impl Device for Cpu {
         positions: &[u32],
         rope: &RopeTable,
     ) -> Result<(), Error> {
-        let (pool, shape, width) = (&mut pages.layers[layer], pages.shape, qkv.width);
+        let (pool, shape, width) = (pages.layers[layer].get_mut(), pages.shape, qkv.width);
         let rows = qkv.data.chunks_exact_mut(width).zip(positions.chunks(1));
         for ((row, position), table) in rows.zip(tables) {
             scatter(pool, table, shape, geometry.heads, row, position, rope);
