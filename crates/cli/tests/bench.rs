@@ -193,6 +193,21 @@ fn peers_are_timed_in_turns_where_they_are_installed() {
 }
 
 #[test]
+fn the_scorers_pass_is_compared_with_products_of_the_same_rounds() {
+    let report = report("scorer --shape aux-30m --tokens 64,128 --question 8 --runs 2 --threads 1");
+    let [short, long] = rows(&report) else { panic!("two lengths: {report}") };
+    assert_eq!([&short["tokens"], &long["tokens"]], [64, 128]);
+    for row in [short, long] {
+        let (rate, products) = (&row["flops_per_second"], &row["products_flops_per_second"]);
+        let share = runs(&row["share_of_products"], 2);
+        let end = |value: &Value, end: &str| number(&value[end]);
+        let least = end(rate, "least") / end(products, "most");
+        let most = end(rate, "most") / end(products, "least");
+        assert!((least..=most).contains(&share), "{row}");
+    }
+}
+
+#[test]
 fn peers_that_are_not_installed_are_named_with_the_place_that_tells_how() {
     let output = bench("peers --python no-such-python --tokens 16 --runs 1");
     assert_eq!(output.status.code(), Some(1));

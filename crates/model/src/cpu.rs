@@ -277,6 +277,7 @@ impl Device for Cpu {
             None => probe_rows(&view, queries, look.columns, look.heads),
         }
     }
+
     fn attend_and_look(
         &self,
         pages: &Pages,
@@ -290,5 +291,46 @@ impl Device for Cpu {
         let look = probe::Look { first, columns, heads, rows };
         let values = attend_and_look(&pages.view(at), queries, look, &mut out.data);
         (out, values)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::load::{Source, load};
+    use crate::pages::Allocator;
+    use crate::{Batch, Pass};
+
+    #[test]
+    fn a_decoding_step_writes_its_own_tokens_kv_and_moves_nothing_else() {
+        let config = Config { layers: 2, vocab: 500, ..Config::shape("aux-30m").expect("a known shape") };
+        let (layers, written) = (config.layers, 2 * config.kv_heads * config.head_dim);
+        let decoder = load(&Source::Random { config, seed: 3 }, Cpu).expect("random weights").decoder;
+        let mut pages = decoder.pages(8).expect("pages");
+        let sequence = Allocator::new(8).sequence(100).expect("room");
+        let (ids, positions): (Vec<u32>, Vec<u32>) = (0..90).map(|i| (i * 7 % 500, i)).unzip();
+        decoder.forward(&mut pages, Pass::new(&ids, &positions, sequence.table())).expect("a prefill");
+        let before: Vec<Vec<f32>> = pages.layers.iter().map(|pool| pool.get().to_vec()).collect();
+        let batch = Batch { ids: &[1], positions: &[90], tables: &[sequence.table()] };
+        decoder.decode(&mut pages, batch, &mut Vec::new()).expect("a step");
+        for (layer, before) in before.iter().enumerate() {
+            let after = pages.layers[layer].get();
+            let changed = before.iter().zip(after).filter(|(was, is)| was.to_bits() != is.to_bits()).count();
+            assert!(
+                changed <= written && changed > written / 2,
+                "layer {layer} of {layers}: {changed} floats"
+            );
+        }
+    }
+
+    #[test]
+    fn pages_begin_on_a_cache_line() {
+        let geometry = Geometry { layers: 3, heads: 2, kv_heads: 1, head_dim: 64 };
+        let pages = Cpu.pages(&geometry, 1000).expect("pages");
+        for pool in &pages.layers {
+            assert_eq!(pool.get().as_ptr() as usize % CACHE_LINE, 0);
+            assert!(pool.get().len() >= 1000 * pages.shape.page());
+        }
     }
 }

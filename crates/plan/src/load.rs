@@ -27,20 +27,15 @@ pub struct Cost {
     pub rows: usize,
 }
 
-/// How much later a load may be done than a computation and still be preferred: what the engine computes keeps every
-/// other request waiting and costs the machine's cores, what is loaded hardly does.
-const SPARE: f64 = 2.0;
-
 /// Divides chunks between the link and the engine so that the later of the two ends early: list scheduling on two
-/// machines (Graham, 1966), each chunk to the one that would be done with it first; the engine's time counts double, for
-/// it is everybody's. What is not known yet is tried: without a known link everything is loaded, and without a known
-/// engine, too.
+/// machines (Graham, 1966), each chunk to the one that would be done with it first, the link where they draw. What is not
+/// known yet is tried: without a known link everything is loaded, and without a known engine, too.
 pub fn divide(chunks: &[Cost], link: Option<Server>, engine: Option<Server>) -> Vec<Way> {
     let (Some(mut link), Some(mut engine)) = (link, engine) else { return vec![Way::Load; chunks.len()] };
     let assign = |chunk: &Cost| {
         let loaded = link.backlog + link.per_unit * chunk.bytes as f64;
         let computed = engine.backlog + engine.per_unit * chunk.rows as f64;
-        if loaded <= SPARE * computed {
+        if loaded <= computed {
             link.backlog = loaded;
             Way::Load
         } else {
@@ -72,10 +67,10 @@ mod tests {
 
     #[test]
     fn where_neither_is_much_faster_both_work() {
-        // 50 MB at 50 MB/s and 512 rows at 512 rows/s: a second each; six seconds of loading beside two of computing.
-        assert_eq!(loaded(50.0, 512.0, 8), 6);
+        // 50 MB at 50 MB/s and 512 rows at 512 rows/s: a second each.
+        assert_eq!(loaded(50.0, 512.0, 8), 4);
         // The link takes a third of the engine's time.
-        assert_eq!(loaded(150.0, 512.0, 8), 7);
+        assert_eq!(loaded(150.0, 512.0, 8), 6);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The `Worker` service: loads beside scoring, plans, hands over to the engine, streams what comes out.
 
-use crate::engine::{self, Engine, Event, Generation, Outcome, Placed, Tenant};
+use crate::engine::{self, Engine, Event, Generation, Outcome, Owed, Placed, Tenant};
 use crate::layout::{Anchor, Layout};
 use crate::loader::{self, Found, Loader, Opened};
 use crate::metrics;
@@ -137,12 +137,10 @@ impl Shared {
         received: Instant,
         events: &mpsc::Sender<Result<v1::WorkerEvent, Status>>,
     ) -> Result<(), Status> {
-        // What this request will need of the engine is known to others from now on.
-        let owed = self.engine.owe(request.rows());
         let full = request.policy == Policy::Full;
         let load = async {
             let opened = match full {
-                true => Ok(Opened::default()),
+                true => Ok((Opened::default(), self.engine.owe(request.rows()))),
                 false => self.load(&request).await,
             };
             (opened, received.elapsed().as_secs_f64())
@@ -150,7 +148,7 @@ impl Shared {
         // Loading and scoring run side by side; the slower of the two is what the request waits for.
         let ((opened, load_seconds), arrived) =
             tokio::join!(load, self.importance(&request, inbound, received));
-        let mut opened = opened.map_err(to_status)?;
+        let (mut opened, owed) = opened.map_err(to_status)?;
         let (rung, set) = self.rung(&request, &opened.found, &arrived)?;
         let mut generation = self.generation(&request, &opened.found, rung, set, received);
         generation.room = opened.room.take();
@@ -205,13 +203,13 @@ impl Shared {
         Ok(())
     }
 
-    /// Finds or computes all sections, or begins to load them.
-    async fn load(&self, request: &Request) -> Result<Opened, engine::Error> {
-        let mut opened = self.loader.open(&request.wanted, &request.tenant).await?;
+    /// Finds or computes all sections, or begins to load them; what the engine owes for the request from then on.
+    async fn load(&self, request: &Request) -> Result<(Opened, Owed), engine::Error> {
+        let (mut opened, owed) = self.loader.open(&request.wanted, &request.tenant, request.rows()).await?;
         if !self.pipeline {
             opened.complete().await?;
         }
-        Ok(opened)
+        Ok((opened, owed))
     }
 
     /// Waits for the second message, if the policy has a use for it.

@@ -11,6 +11,7 @@ mod measure;
 mod peers;
 mod process;
 mod reuse;
+mod scorer;
 mod speed;
 mod tuning;
 
@@ -35,6 +36,8 @@ pub(crate) enum Bench {
     Decay(decay::Arguments),
     /// Many requests at once over a slow link to the store: load each chunk, compute it, or choose.
     Load(load::Arguments),
+    /// The scorer's joint pass over cached auxiliary KV, beside plain weight products of the same machine.
+    Scorer(scorer::Arguments),
     /// Many answers at once: throughput, what a long prefill does to running answers, what callers who leave free.
     Batch(batch::Arguments),
 }
@@ -47,6 +50,7 @@ pub(crate) async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
         Bench::Curve(arguments) => curve::run(arguments).await,
         Bench::Decay(arguments) => decay::run(arguments).await,
         Bench::Load(arguments) => load::run(arguments).await,
+        Bench::Scorer(arguments) => tokio::task::spawn_blocking(move || scorer::run(&arguments)).await?,
         Bench::Batch(arguments) => batch::run(arguments).await,
     }
 }

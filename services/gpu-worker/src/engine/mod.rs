@@ -154,9 +154,9 @@ impl Engine {
         behind: Arc<[u32]>,
         ids: Vec<u32>,
         tenant: Tenant,
+        owed: Owed,
     ) -> Result<Canonical, Error> {
         let (reply, answer) = oneshot::channel();
-        let owed = self.load.owe(behind.len() + ids.len());
         let section = Section { behind, ids, tenant, reply, _owed: owed };
         self.jobs.send(Job::Encode(section)).await.map_err(|_| Error::Stopped)?;
         self.alarm.ring();

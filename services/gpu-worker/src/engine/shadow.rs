@@ -13,7 +13,7 @@ const ROWS: usize = 64;
 /// Weight of a new sample in the moving average.
 const NEW: f64 = 0.2;
 
-/// Seconds per row of this worker's own prefills.
+/// Seconds per row of this worker's own passes.
 #[derive(Debug, Default)]
 pub(super) struct Rate {
     per_row: Option<f64>,
@@ -22,7 +22,7 @@ pub(super) struct Rate {
 }
 
 impl Rate {
-    /// Takes a pass of `rows` in context into account.
+    /// Takes a pass of `rows` into account.
     pub(super) fn saw(&mut self, rows: usize, took: Duration) {
         if rows >= ROWS {
             let sample = took.as_secs_f64() / rows as f64;

@@ -89,7 +89,7 @@ async fn finish(mut events: Events) -> Box<Outcome> {
 }
 
 async fn section(engine: &Engine, tokens: usize, salt: u32) -> ChunkKv {
-    let canonical = engine.canonical(Arc::from([]), ids(tokens, salt), Tenant::default());
+    let canonical = engine.canonical(Arc::from([]), ids(tokens, salt), Tenant::default(), engine.owe(tokens));
     tokio::time::timeout(DEADLINE, canonical).await.expect("the engine answers").unwrap().kv
 }
 
@@ -196,4 +196,20 @@ async fn answers_decoded_together_are_the_answers_given_alone() {
     for (events, want) in together.into_iter().zip(alone) {
         assert_eq!(finish(events).await.text, want);
     }
+}
+
+#[tokio::test]
+async fn a_worker_that_only_ever_reuses_knows_what_a_row_costs() {
+    let other = engine(PAGES);
+    let (prefix, chunk) = (section(&other, 8, 2).await, section(&other, 40, 3).await);
+    let worker = engine(PAGES);
+    assert_eq!(worker.backlog(), None, "nothing is known before anything was done");
+    let question = 80;
+    let generation = Generation {
+        ids: ids(48 + question, 1),
+        assembly: Assembly::new(8, &[40], question, false),
+        ..stale(prefix, chunk)
+    };
+    finish(start(&worker, generation)).await;
+    assert!(worker.backlog().is_some_and(|(_, per_row)| per_row > 0.0));
 }

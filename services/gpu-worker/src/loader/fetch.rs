@@ -42,6 +42,7 @@ impl Fetch {
     pub(super) async fn begin(
         loader: &Loader,
         stores: &StoreClient,
+        flight: Flight,
         wanted: Vec<Wanted>,
         tenant: Tenant,
     ) -> Result<Self, Error> {
@@ -50,7 +51,7 @@ impl Fetch {
         let (loader, stores) = (loader.clone(), stores.clone());
         let task = async move {
             let reading = Reading::new(&loader, &wanted);
-            let arriving = reading.run(&loader, &stores, &wanted, deadline, opened).await;
+            let arriving = reading.run(&loader, &stores, flight, &wanted, deadline, opened).await;
             loader.complete(&wanted, arriving, tenant).await
         };
         let task = AbortOnDropHandle::new(cacheclip_service::request_id::spawn(task));
@@ -96,14 +97,13 @@ impl Reading {
         mut self,
         loader: &Loader,
         stores: &StoreClient,
+        mut flight: Flight,
         wanted: &[Wanted],
         deadline: Instant,
         opened: oneshot::Sender<Vec<Arriving>>,
     ) -> Vec<Arriving> {
         self.opened = Some(opened);
-        let bytes = wanted.iter().map(|want| loader.bytes(want.ids.len())).sum();
         let read = async {
-            let mut flight = loader.link.begin(bytes);
             let keys: Vec<_> = wanted.iter().map(|want| want.key).collect();
             let layers = 0..loader.layers() as u32;
             let mut stream = stores.get_layers(loader.layout.id, &keys, layers);

@@ -5,9 +5,9 @@
 
 mod fetch;
 
-use crate::engine::{Canonical, Engine, Error, Tenant};
+use crate::engine::{Canonical, Engine, Error, Owed, Tenant};
 use crate::layout::Layout;
-use crate::link::Link;
+use crate::link::{Flight, Link};
 use crate::metrics;
 use crate::options::{Loading, Options};
 use crate::ram::{Ram, Section};
@@ -19,6 +19,7 @@ use cacheclip_plan::{Cost, Server, Way, divide};
 use cacheclip_rpc::v1::{MissReason, Tier};
 use cacheclip_service::seconds;
 use fetch::{Arriving, Fetch};
+use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +63,8 @@ pub(crate) struct Loader {
     anchor: Arc<[u32]>,
     loading: Loading,
     link: Link,
+    /// Held while a request decides: the next one shall know what it asked for.
+    deciding: Arc<Mutex<()>>,
     /// What requests may hold before it is placed, in MiB.
     room: Arc<Semaphore>,
     most_mib: u32,
@@ -90,6 +93,7 @@ impl Loader {
             anchor,
             loading: options.loading,
             link: Link::default(),
+            deciding: Arc::default(),
             room: Arc::new(Semaphore::new(most_mib as usize)),
             most_mib,
             timeout: seconds(options.load_timeout_seconds),
@@ -101,11 +105,17 @@ impl Loader {
         self.ram.held()
     }
 
-    /// All sections, in order, each of them found, computed or on its way; the same key twice is found once.
+    /// All sections, in order, each of them found, computed or on its way; the same key twice is found once. The
+    /// engine owes `rows` for the request from its admission on: those that wait for room are ahead of nobody.
     ///
     /// # Errors
     /// Only what keeps a section from being computed.
-    pub(crate) async fn open(&self, wanted: &[Wanted], tenant: &Tenant) -> Result<Opened, Error> {
+    pub(crate) async fn open(
+        &self,
+        wanted: &[Wanted],
+        tenant: &Tenant,
+        rows: usize,
+    ) -> Result<(Opened, Owed), Error> {
         let room = self.admit(wanted).await;
         let mut known: HashMap<ChunkKey, Found> = HashMap::new();
         let mut lacking: Vec<&Wanted> = Vec::new();
@@ -118,18 +128,18 @@ impl Loader {
                 None => lacking.push(want),
             }
         }
-        let (asked, computed) = self.divide(lacking);
+        let Divided { asked, flight, computed, owed } = self.divide(lacking, rows);
         let fetch = async {
-            match self.stores.as_ref().filter(|_| !asked.is_empty()) {
-                Some(stores) => {
+            match self.stores.as_ref().zip(flight) {
+                Some((stores, flight)) => {
                     let asked = asked.iter().map(|&want| want.clone()).collect();
-                    Ok(Some(Fetch::begin(self, stores, asked, Tenant::clone(tenant)).await?))
+                    Ok(Some(Fetch::begin(self, stores, flight, asked, Tenant::clone(tenant)).await?))
                 }
                 None => Ok(None),
             }
         };
         // What is computed by choice is computed while the rest is on its way.
-        let (fetch, computed) = tokio::try_join!(fetch, self.compute(&computed, tenant))?;
+        let (fetch, computed) = tokio::try_join!(fetch, self.compute(computed, tenant))?;
         known.extend(computed);
         let mut missing = Vec::new();
         for (want, arriving) in asked.iter().zip(fetch.iter().flat_map(|fetch| &fetch.sections)) {
@@ -138,25 +148,29 @@ impl Loader {
                     let (section, tier) = (arriving.section.clone(), arriving.tier);
                     known.insert(want.key, Found { section, tier, reason: None });
                 }
-                Some(reason) => missing.push((*want, reason)),
+                Some(reason) => missing.push((*want, reason, self.owe(want))),
             }
         }
         if fetch.is_none() {
-            missing.extend(asked.iter().map(|&want| (want, MissReason::NeverSeen)));
+            missing.extend(asked.iter().map(|&want| (want, MissReason::NeverSeen, self.owe(want))));
         }
-        known.extend(self.compute(&missing, tenant).await?);
+        known.extend(self.compute(missing, tenant).await?);
         let found = wanted.iter().map(|want| known[&want.key].clone()).collect();
-        Ok(Opened {
+        let opened = Opened {
             found,
             keys: wanted.iter().map(|want| want.key).collect(),
             asked: asked.iter().map(|want| want.key).collect(),
             fetch,
             room,
-        })
+        };
+        Ok((opened, owed))
     }
 
-    /// What is to be asked of the stores, and what is computed without asking them.
-    fn divide<'a>(&self, lacking: Vec<&'a Wanted>) -> (Vec<&'a Wanted>, Vec<(&'a Wanted, MissReason)>) {
+    /// What is to be asked of the stores, and what is computed without asking them. Link and engine have both to do
+    /// from here on.
+    fn divide<'a>(&self, lacking: Vec<&'a Wanted>, rows: usize) -> Divided<'a> {
+        let _turn = self.deciding.lock();
+        let owed = self.engine.owe(rows);
         let cost = |want: &&Wanted| Cost {
             bytes: self.bytes(want.ids.len()),
             rows: self.anchor.len() + want.ids.len(),
@@ -171,8 +185,17 @@ impl Loader {
         let (asked, computed): (Vec<_>, Vec<_>) =
             lacking.into_iter().zip(ways).partition(|(_, way)| *way == Way::Load);
         cacheclip_client::metrics::dear(computed.len());
-        let asked = asked.into_iter().map(|(want, _)| want).collect();
-        (asked, computed.into_iter().map(|(want, _)| (want, MissReason::Cost)).collect())
+        let asked: Vec<&Wanted> = asked.into_iter().map(|(want, _)| want).collect();
+        let computed =
+            computed.into_iter().map(|(want, _)| (want, MissReason::Cost, self.owe(want))).collect();
+        let bytes = asked.iter().map(|want| self.bytes(want.ids.len())).sum();
+        let flight = (self.stores.is_some() && !asked.is_empty()).then(|| self.link.begin(bytes));
+        Divided { asked, flight, computed, owed }
+    }
+
+    /// A section that is to be computed.
+    fn owe(&self, want: &Wanted) -> Owed {
+        self.engine.owe(if want.anchored { self.anchor.len() } else { 0 } + want.ids.len())
     }
 
     /// Room for a request's KV, or for as much of it as there can be; waits for that of others.
@@ -212,7 +235,7 @@ impl Loader {
             };
             tracing::debug!(reason = reason.label(), "chunk not served by the stores");
             if !told {
-                let computed = self.computed(want, &tenant).await?;
+                let computed = self.computed(want, &tenant, self.owe(want)).await?;
                 computed.kv.layers().enumerate().for_each(|(at, layer)| section.kv.arrive(at, layer.clone()));
                 self.engine.wake();
             }
@@ -250,7 +273,7 @@ impl Loader {
             if stored || earlier {
                 continue;
             }
-            let canonical = self.canonical(want, &Tenant::default()).await?;
+            let canonical = self.canonical(want, &Tenant::default(), self.owe(want)).await?;
             if let Some(writer) = &self.writer {
                 writer.write(want.key, want.spans.clone(), canonical).await;
             }
@@ -260,20 +283,20 @@ impl Loader {
 
     async fn compute(
         &self,
-        wanted: &[(&Wanted, MissReason)],
+        wanted: Vec<(&Wanted, MissReason, Owed)>,
         tenant: &Tenant,
     ) -> Result<Vec<(ChunkKey, Found)>, Error> {
         let mut found = Vec::with_capacity(wanted.len());
-        for (want, reason) in wanted {
-            let section = self.computed(want, tenant).await?;
-            found.push((want.key, Found { section, tier: Tier::Computed, reason: Some(*reason) }));
+        for (want, reason, owed) in wanted {
+            let section = self.computed(want, tenant, owed).await?;
+            found.push((want.key, Found { section, tier: Tier::Computed, reason: Some(reason) }));
         }
         Ok(found)
     }
 
     /// Computes a section, keeps it and offers it to the stores.
-    async fn computed(&self, want: &Wanted, tenant: &Tenant) -> Result<Section, Error> {
-        let canonical = self.canonical(want, tenant).await?;
+    async fn computed(&self, want: &Wanted, tenant: &Tenant, owed: Owed) -> Result<Section, Error> {
+        let canonical = self.canonical(want, tenant, owed).await?;
         let section = Section::of(&canonical);
         if let Some(writer) = &self.writer {
             writer.write_behind(want.key, want.spans.clone(), canonical);
@@ -282,12 +305,22 @@ impl Loader {
     }
 
     /// Computes a section and keeps it in RAM.
-    async fn canonical(&self, want: &Wanted, tenant: &Tenant) -> Result<Canonical, Error> {
+    async fn canonical(&self, want: &Wanted, tenant: &Tenant, owed: Owed) -> Result<Canonical, Error> {
         let behind = if want.anchored { Arc::clone(&self.anchor) } else { Arc::from([]) };
-        let canonical = self.engine.canonical(behind, want.ids.clone(), Tenant::clone(tenant)).await?;
+        let canonical = self.engine.canonical(behind, want.ids.clone(), Tenant::clone(tenant), owed).await?;
         self.ram.insert(want.key, Section::of(&canonical));
         Ok(canonical)
     }
+}
+
+/// What a request decided.
+struct Divided<'a> {
+    asked: Vec<&'a Wanted>,
+    /// Of what was asked for; none where nothing was.
+    flight: Option<Flight>,
+    computed: Vec<(&'a Wanted, MissReason, Owed)>,
+    /// The request's own rows.
+    owed: Owed,
 }
 
 /// A request's sections, some of which may still be on their way.

@@ -1,0 +1,184 @@
+//! `cacheclip bench scorer`: one joint pass of a question over cached auxiliary KV, beside this machine's rate of plain
+//! weight products.
+
+use super::bar;
+use super::bed::{Common, named};
+use super::measure::{Machine, Runs, use_threads};
+use crate::text;
+use cacheclip_model::config::Config;
+use cacheclip_model::load::{Source, load};
+use cacheclip_model::pages::{Allocator, pages_for};
+use cacheclip_model::{Cpu, Decoder, Device, Logits, Pass, Probe, Reduce};
+use serde::Serialize;
+use std::hint::black_box;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// Rows of the products that the pass is compared with: as many as make them fastest.
+const PRODUCT_ROWS: u32 = 512;
+/// Time that products are repeated for.
+const PRODUCTS: Duration = Duration::from_millis(200);
+
+/// Arguments of `bench scorer`. The shape is that of the auxiliary model.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    common: Common,
+    /// Auxiliary tokens of all chunks together.
+    #[arg(long, value_delimiter = ',', default_value = "8192")]
+    tokens: Vec<usize>,
+    /// Auxiliary tokens of the question.
+    #[arg(long, default_value_t = 32)]
+    question: usize,
+    /// Rounds.
+    #[arg(long, default_value_t = 15)]
+    runs: usize,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: Machine,
+    shape: String,
+    parameters: usize,
+    question: usize,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    tokens: usize,
+    /// The question through all layers, where it looks included; the rounds of closure that follow are not.
+    pass_ms: Runs,
+    flops_per_second: Runs,
+    /// Of weight products with many rows, in the same round.
+    products_flops_per_second: Runs,
+    /// The pass's rate over that of the products, round by round.
+    share_of_products: Runs,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    use_threads(arguments.common.threads)?;
+    let mut config = named(&arguments.common.shape)?;
+    let longest = arguments.tokens.iter().max().copied().unwrap_or(0) + arguments.question;
+    config.max_positions = config.max_positions.max(longest);
+    let (parameters, shape) = (config.parameters(), config.clone());
+    let machine = Machine::here();
+    let decoder = load(&Source::Random { config, seed: 1 }, Cpu)?.decoder;
+    let bar = bar("scorer", (arguments.tokens.len() * (arguments.runs + 1)) as u64)?;
+    let mut rows = Vec::new();
+    for &tokens in &arguments.tokens {
+        rows.push(measure(&decoder, &shape, tokens, arguments, || bar.inc(1))?);
+    }
+    bar.finish_and_clear();
+    let report = Report {
+        machine,
+        shape: arguments.common.shape.clone(),
+        parameters,
+        question: arguments.question,
+        rows,
+    };
+    if arguments.common.json {
+        return text::json(&report);
+    }
+    text::line(format_args!(
+        "{}; {}, random weights, a question of {} tokens; median [least, most] of {} rounds",
+        report.machine.text(),
+        report.shape,
+        report.question,
+        arguments.runs
+    ));
+    let giga =
+        |runs: &Runs| format!("{:.0} [{:.0}, {:.0}]", runs.median / 1e9, runs.least / 1e9, runs.most / 1e9);
+    let cells = |row: &Row| {
+        vec![
+            row.tokens.to_string(),
+            row.pass_ms.text(0),
+            giga(&row.flops_per_second),
+            giga(&row.products_flops_per_second),
+            row.share_of_products.text(2),
+        ]
+    };
+    let header = ["tokens", "pass, ms", "GFLOP/s", "products, GFLOP/s", "share"];
+    text::table(&header, &report.rows.iter().map(cells).collect::<Vec<_>>());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Pass and products in turns; the first round is thrown away.
+fn measure(
+    decoder: &Decoder<Cpu>,
+    shape: &Config,
+    tokens: usize,
+    arguments: &Arguments,
+    done: impl Fn(),
+) -> anyhow::Result<Row> {
+    let all = tokens + arguments.question;
+    let ids: Vec<u32> = (0..all as u32).map(|i| i.wrapping_mul(7919) % shape.vocab as u32).collect();
+    let positions: Vec<u32> = (0..all as u32).collect();
+    let allocator = Allocator::new(pages_for(all));
+    let mut pages = decoder.pages(allocator.total())?;
+    let sequence = allocator.sequence(all)?;
+    let cached =
+        Pass { logits: Logits::None, ..Pass::new(&ids[..tokens], &positions[..tokens], sequence.table()) };
+    decoder.forward(&mut pages, cached)?;
+    let work = flops(shape, tokens, arguments.question);
+    let (mut ms, mut rates, mut products, mut shares) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for round in 0..=arguments.runs {
+        let product = product_rate(shape)?;
+        let mut probe = Probe::new(tokens as u32, tokens, 0..shape.layers, Reduce::Max, Reduce::Max);
+        let question = Pass {
+            logits: Logits::None,
+            probe: Some(&mut probe),
+            ..Pass::new(&ids[tokens..], &positions[tokens..], sequence.table())
+        };
+        let began = Instant::now();
+        decoder.forward(&mut pages, question)?;
+        let took = began.elapsed().as_secs_f64();
+        black_box(probe.scores());
+        done();
+        if round == 0 {
+            continue;
+        }
+        ms.push(took * 1e3);
+        rates.push(work / took);
+        products.push(product);
+        shares.push(work / took / product);
+    }
+    Ok(Row {
+        tokens,
+        pass_ms: Runs::of(ms),
+        flops_per_second: Runs::of(rates),
+        products_flops_per_second: Runs::of(products),
+        share_of_products: Runs::of(shares),
+    })
+}
+
+/// Multiply-adds that the pass cannot do without, as two operations each: of the last layer only what shows where the
+/// question looks.
+fn flops(shape: &Config, tokens: usize, question: usize) -> f64 {
+    let (hidden, query) = (shape.hidden, shape.heads * shape.head_dim);
+    let qkv = hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+    let rest = query * hidden + 3 * hidden * shape.intermediate;
+    // A row sees all that is cached and half of the question on average.
+    let seen = tokens as f64 + (question as f64 + 1.0) / 2.0;
+    let layers = shape.layers as f64;
+    let weights = layers * qkv as f64 + (layers - 1.0) * rest as f64;
+    let attention = (2.0 * layers - 1.0) * query as f64 * seen;
+    2.0 * question as f64 * (weights + attention)
+}
+
+/// Operations per second of the products of one of the shape's layers.
+fn product_rate(shape: &Config) -> anyhow::Result<f64> {
+    let random = |count: usize| (0..count).map(|i| (i % 251) as f32 / 256.0 - 0.5).collect::<Vec<f32>>();
+    let table = Cpu.matrix(random(shape.hidden * shape.hidden), shape.hidden, shape.hidden)?;
+    let weight =
+        Cpu.matrix(random(2 * shape.intermediate * shape.hidden), 2 * shape.intermediate, shape.hidden)?;
+    let ids: Vec<u32> = (0..PRODUCT_ROWS).map(|row| row % shape.hidden as u32).collect();
+    let rows = Cpu.embed(&table, &ids);
+    let (began, mut count) = (Instant::now(), 0u64);
+    while began.elapsed() < PRODUCTS {
+        black_box(Cpu.project(&rows, &weight));
+        count += 1;
+    }
+    let each = 2 * u64::from(PRODUCT_ROWS) * (shape.hidden * 2 * shape.intermediate) as u64;
+    Ok((count * each) as f64 / began.elapsed().as_secs_f64())
+}
