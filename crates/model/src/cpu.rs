@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 /// Rows that one thread norms the heads of: fewer are not worth handing over.
 const NORM_ROWS: usize = 32;
-/// Bytes.
+/// Bytes of a cache line, and of the widest vector.
 const CACHE_LINE: usize = 64;
 
 /// The host's processor; rayon's threads are its cores.

@@ -1,5 +1,6 @@
 //! `cacheclip bench`: how fast, beside whom, and where the time goes.
 
+mod alone;
 mod batch;
 mod bed;
 mod curve;

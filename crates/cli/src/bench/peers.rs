@@ -3,15 +3,14 @@
 //! One round times every engine once, so that what else the machine does falls on all of them; a ratio is taken within
 //! a round, and the median over rounds is what counts.
 
+use super::alone::{self, Alone};
 use super::bar;
-use super::bed::{Common, named};
-use super::measure::{Machine, Runs, peak_rss_bytes, use_threads};
+use super::bed::Common;
+use super::measure::{Machine, Runs, peak_rss_bytes};
 use super::process::Peers;
 use crate::text;
 use anyhow::Context as _;
 use cacheclip_model::config::Config;
-use cacheclip_model::load::{Source, load};
-use cacheclip_model::pages::Allocator;
 use cacheclip_model::{Cpu, Decoder, Logits, Pass};
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -89,15 +88,12 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     anyhow::ensure!(arguments.peers.iter().all(known), "peers: torch, llama.cpp, llama.cpp-plain");
     let of = |op: &String| ["prefill", "decode"].contains(&op.as_str());
     anyhow::ensure!(arguments.ops.iter().all(of), "ops: prefill, decode");
-    use_threads(arguments.common.threads)?;
-    let mut config = named(&arguments.common.shape)?;
     let longest = arguments.tokens.iter().max().copied().unwrap_or(0) + arguments.steps;
-    config.max_positions = config.max_positions.max(longest);
-    let (parameters, shape) = (config.parameters(), config.clone());
+    let shape = alone::shape(&arguments.common, longest)?;
     // Before the peers are there: theirs is the same machine.
     let machine = Machine::here();
     let mut peers = Peers::start(&arguments.python, &arguments.script)?;
-    let ours = load(&Source::Random { config, seed: 1 }, Cpu)?.decoder;
+    let ours = alone::decoder(&shape)?;
     let rounds = arguments.tokens.len() * arguments.ops.len() * (arguments.runs + 1);
     let bar = bar("peers", (rounds * (1 + arguments.peers.len())) as u64)?;
     let mut rows = Vec::new();
@@ -114,7 +110,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let report = Report {
         machine,
         shape: arguments.common.shape.clone(),
-        parameters,
+        parameters: shape.parameters(),
         rows,
         peak_rss_bytes: peak_rss_bytes(),
     };
@@ -214,36 +210,21 @@ fn compare(
     Ok(names.zip(seen).map(row).collect())
 }
 
-/// Our engine with pages for one sequence.
+/// Our engine on one sequence.
 struct Ours<'a> {
-    decoder: &'a Decoder<Cpu>,
-    pages: <Cpu as cacheclip_model::Device>::Pages,
-    sequence: cacheclip_model::pages::Sequence,
-    ids: Vec<u32>,
-    positions: Vec<u32>,
+    alone: Alone<'a>,
     steps: usize,
     filled: bool,
 }
 
 impl<'a> Ours<'a> {
     fn new(decoder: &'a Decoder<Cpu>, tokens: usize, steps: usize) -> anyhow::Result<Self> {
-        let allocator = Allocator::new(cacheclip_model::pages::pages_for(tokens + steps));
-        Ok(Self {
-            decoder,
-            pages: decoder.pages(allocator.total())?,
-            sequence: allocator.sequence(tokens + steps)?,
-            ids: (0..(tokens + steps) as u32)
-                .map(|i| i.wrapping_mul(7919) % decoder.config().vocab as u32)
-                .collect(),
-            positions: (0..(tokens + steps) as u32).collect(),
-            steps,
-            filled: false,
-        })
+        Ok(Self { alone: Alone::new(decoder, tokens + steps)?, steps, filled: false })
     }
 
     /// Prompt tokens per second, logits of the last one included.
     fn prefill(&mut self) -> anyhow::Result<f64> {
-        let tokens = self.ids.len() - self.steps;
+        let tokens = self.alone.tokens() - self.steps;
         let began = Instant::now();
         self.pass(0..tokens)?;
         self.filled = true;
@@ -255,17 +236,15 @@ impl<'a> Ours<'a> {
         if !self.filled {
             self.prefill()?;
         }
-        let began = Instant::now();
-        for at in self.ids.len() - self.steps..self.ids.len() {
+        let (tokens, began) = (self.alone.tokens(), Instant::now());
+        for at in tokens - self.steps..tokens {
             self.pass(at..at + 1)?;
         }
         Ok(self.steps as f64 / began.elapsed().as_secs_f64())
     }
 
     fn pass(&mut self, rows: std::ops::Range<usize>) -> anyhow::Result<()> {
-        let (ids, positions) = (&self.ids[rows.clone()], &self.positions[rows]);
-        let pass = Pass { logits: Logits::Last, ..Pass::new(ids, positions, self.sequence.table()) };
-        std::hint::black_box(self.decoder.forward(&mut self.pages, pass)?);
+        std::hint::black_box(self.alone.pass(rows, |pass| Pass { logits: Logits::Last, ..pass })?);
         Ok(())
     }
 }

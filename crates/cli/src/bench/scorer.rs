@@ -1,13 +1,12 @@
 //! `cacheclip bench scorer`: one joint pass of a question over cached auxiliary KV, beside this machine's rate of plain
 //! weight products.
 
+use super::alone::{self, Alone};
 use super::bar;
-use super::bed::{Common, named};
-use super::measure::{Machine, Runs, use_threads};
+use super::bed::Common;
+use super::measure::{Machine, Runs};
 use crate::text;
 use cacheclip_model::config::Config;
-use cacheclip_model::load::{Source, load};
-use cacheclip_model::pages::{Allocator, pages_for};
 use cacheclip_model::{Cpu, Decoder, Device, Logits, Pass, Probe, Reduce};
 use serde::Serialize;
 use std::hint::black_box;
@@ -57,23 +56,21 @@ struct Row {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    use_threads(arguments.common.threads)?;
-    let mut config = named(&arguments.common.shape)?;
     let longest = arguments.tokens.iter().max().copied().unwrap_or(0) + arguments.question;
-    config.max_positions = config.max_positions.max(longest);
-    let (parameters, shape) = (config.parameters(), config.clone());
+    let shape = alone::shape(&arguments.common, longest)?;
     let machine = Machine::here();
-    let decoder = load(&Source::Random { config, seed: 1 }, Cpu)?.decoder;
+    let decoder = alone::decoder(&shape)?;
+    let products = Products::new(&shape)?;
     let bar = bar("scorer", (arguments.tokens.len() * (arguments.runs + 1)) as u64)?;
     let mut rows = Vec::new();
     for &tokens in &arguments.tokens {
-        rows.push(measure(&decoder, &shape, tokens, arguments, || bar.inc(1))?);
+        rows.push(measure(&decoder, &products, tokens, arguments, || bar.inc(1))?);
     }
     bar.finish_and_clear();
     let report = Report {
         machine,
         shape: arguments.common.shape.clone(),
-        parameters,
+        parameters: shape.parameters(),
         question: arguments.question,
         rows,
     };
@@ -106,48 +103,38 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 /// Pass and products in turns; the first round is thrown away.
 fn measure(
     decoder: &Decoder<Cpu>,
-    shape: &Config,
+    products: &Products,
     tokens: usize,
     arguments: &Arguments,
     done: impl Fn(),
 ) -> anyhow::Result<Row> {
-    let all = tokens + arguments.question;
-    let ids: Vec<u32> = (0..all as u32).map(|i| i.wrapping_mul(7919) % shape.vocab as u32).collect();
-    let positions: Vec<u32> = (0..all as u32).collect();
-    let allocator = Allocator::new(pages_for(all));
-    let mut pages = decoder.pages(allocator.total())?;
-    let sequence = allocator.sequence(all)?;
-    let cached =
-        Pass { logits: Logits::None, ..Pass::new(&ids[..tokens], &positions[..tokens], sequence.table()) };
-    decoder.forward(&mut pages, cached)?;
+    let (shape, all) = (decoder.config(), tokens + arguments.question);
+    let mut alone = Alone::new(decoder, all)?;
+    alone.pass(0..tokens, |pass| Pass { logits: Logits::None, ..pass })?;
     let work = flops(shape, tokens, arguments.question);
-    let (mut ms, mut rates, mut products, mut shares) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut ms, mut rates, mut plain, mut shares) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=arguments.runs {
-        let product = product_rate(shape)?;
+        let product = products.rate();
         let mut probe = Probe::new(tokens as u32, tokens, 0..shape.layers, Reduce::Max, Reduce::Max);
-        let question = Pass {
-            logits: Logits::None,
-            probe: Some(&mut probe),
-            ..Pass::new(&ids[tokens..], &positions[tokens..], sequence.table())
-        };
         let began = Instant::now();
-        decoder.forward(&mut pages, question)?;
+        alone.pass(tokens..all, |pass| Pass { logits: Logits::None, probe: Some(&mut probe), ..pass })?;
         let took = began.elapsed().as_secs_f64();
         black_box(probe.scores());
         done();
         if round == 0 {
             continue;
         }
+        let rate = work / took;
         ms.push(took * 1e3);
-        rates.push(work / took);
-        products.push(product);
-        shares.push(work / took / product);
+        rates.push(rate);
+        plain.push(product);
+        shares.push(rate / product);
     }
     Ok(Row {
         tokens,
         pass_ms: Runs::of(ms),
         flops_per_second: Runs::of(rates),
-        products_flops_per_second: Runs::of(products),
+        products_flops_per_second: Runs::of(plain),
         share_of_products: Runs::of(shares),
     })
 }
@@ -166,19 +153,30 @@ fn flops(shape: &Config, tokens: usize, question: usize) -> f64 {
     2.0 * question as f64 * (weights + attention)
 }
 
-/// Operations per second of the products of one of the shape's layers.
-fn product_rate(shape: &Config) -> anyhow::Result<f64> {
-    let random = |count: usize| (0..count).map(|i| (i % 251) as f32 / 256.0 - 0.5).collect::<Vec<f32>>();
-    let table = Cpu.matrix(random(shape.hidden * shape.hidden), shape.hidden, shape.hidden)?;
-    let weight =
-        Cpu.matrix(random(2 * shape.intermediate * shape.hidden), 2 * shape.intermediate, shape.hidden)?;
-    let ids: Vec<u32> = (0..PRODUCT_ROWS).map(|row| row % shape.hidden as u32).collect();
-    let rows = Cpu.embed(&table, &ids);
-    let (began, mut count) = (Instant::now(), 0u64);
-    while began.elapsed() < PRODUCTS {
-        black_box(Cpu.project(&rows, &weight));
-        count += 1;
+/// Products of many rows with one of the shape's matrices, as large as the gate and up projections together.
+struct Products {
+    rows: <Cpu as Device>::Rows,
+    weight: <Cpu as Device>::Matrix,
+}
+
+impl Products {
+    fn new(shape: &Config) -> anyhow::Result<Self> {
+        let (hidden, outputs) = (shape.hidden, 2 * shape.intermediate);
+        let values = |count: usize| (0..count).map(|i| (i % 251) as f32 / 256.0 - 0.5).collect::<Vec<f32>>();
+        let table = Cpu.matrix(values(hidden * hidden), hidden, hidden)?;
+        let ids: Vec<u32> = (0..PRODUCT_ROWS).map(|row| row % hidden as u32).collect();
+        let weight = Cpu.matrix(values(outputs * hidden), outputs, hidden)?;
+        Ok(Self { rows: Cpu.embed(&table, &ids), weight })
     }
-    let each = 2 * u64::from(PRODUCT_ROWS) * (shape.hidden * 2 * shape.intermediate) as u64;
-    Ok((count * each) as f64 / began.elapsed().as_secs_f64())
+
+    /// Operations per second.
+    fn rate(&self) -> f64 {
+        let (began, mut count) = (Instant::now(), 0u64);
+        while began.elapsed() < PRODUCTS {
+            black_box(Cpu.project(&self.rows, &self.weight));
+            count += 1;
+        }
+        let each = 2 * u64::from(PRODUCT_ROWS) * (self.weight.inputs() * self.weight.outputs()) as u64;
+        (count * each) as f64 / began.elapsed().as_secs_f64()
+    }
 }

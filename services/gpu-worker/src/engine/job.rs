@@ -1,9 +1,11 @@
 //! What the engine is asked to do.
 
+use super::shadow::per_row;
 use super::turns::Tenant;
 use super::{Canonical, Error, Event, Generation};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 /// A section to encode: its canonical KV behind `behind` (empty for a prefix).
@@ -60,7 +62,7 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// Rows that were asked for now; what is returned takes them back when it goes.
+    /// Counts rows as asked for until what is returned goes.
     pub(super) fn owe(self: &Arc<Self>, rows: usize) -> Owed {
         self.rows.fetch_add(rows as u64, Ordering::Relaxed);
         Owed { load: Arc::clone(self), rows: rows as u64 }
@@ -71,9 +73,10 @@ impl Load {
         self.rows.load(Ordering::Relaxed)
     }
 
-    /// What a row costs.
-    pub(super) fn set_seconds_per_row(&self, seconds: f64) {
-        self.seconds_per_row.store(seconds.to_bits(), Ordering::Relaxed);
+    /// Takes a pass of the engine into account, of whatever kind. The engine's thread alone does.
+    pub(super) fn saw(&self, rows: usize, took: Duration) {
+        let per_row = per_row(self.seconds_per_row(), rows, took).unwrap_or_default();
+        self.seconds_per_row.store(per_row.to_bits(), Ordering::Relaxed);
     }
 
     /// What a row costs, once one is known.

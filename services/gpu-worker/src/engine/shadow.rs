@@ -13,7 +13,16 @@ const ROWS: usize = 64;
 /// Weight of a new sample in the moving average.
 const NEW: f64 = 0.2;
 
-/// Seconds per row of this worker's own passes.
+/// Seconds per row after a pass of `rows`, as a moving average.
+pub(super) fn per_row(known: Option<f64>, rows: usize, took: Duration) -> Option<f64> {
+    if rows < ROWS {
+        return known;
+    }
+    let sample = took.as_secs_f64() / rows as f64;
+    Some(known.map_or(sample, |rate| rate + NEW * (sample - rate)))
+}
+
+/// Seconds per row of this worker's own prefills.
 #[derive(Debug, Default)]
 pub(super) struct Rate {
     per_row: Option<f64>,
@@ -22,17 +31,9 @@ pub(super) struct Rate {
 }
 
 impl Rate {
-    /// Takes a pass of `rows` into account.
+    /// Takes a pass of `rows` in context into account.
     pub(super) fn saw(&mut self, rows: usize, took: Duration) {
-        if rows >= ROWS {
-            let sample = took.as_secs_f64() / rows as f64;
-            self.per_row = Some(self.per_row.map_or(sample, |rate| rate + NEW * (sample - rate)));
-        }
-    }
-
-    /// What a row costs, once one is known.
-    pub(super) fn seconds_per_row(&self) -> Option<f64> {
-        self.per_row
+        self.per_row = per_row(self.per_row, rows, took);
     }
 
     /// Adds what a request of `rows` saved that spent `spent` on its first token (nothing while no rate is known)

@@ -46,8 +46,6 @@ pub(super) struct Thread {
     load: Arc<Load>,
     /// Of passes in context: what reuse is compared with.
     rate: Rate,
-    /// Of all passes: what a further row would cost.
-    cost: Rate,
     shadow: Shadow,
 }
 
@@ -85,7 +83,6 @@ impl Thread {
             queue: options.queue,
             load,
             rate: Rate::default(),
-            cost: Rate::default(),
             shadow: Shadow::new(options.shadow_ratio),
         })
     }
@@ -218,7 +215,8 @@ impl Thread {
         } else {
             crate::metrics::saved(self.rate.saved(rows, spent));
             let question = prompt.generation.assembly.question().len();
-            self.cost(first.selection.rows.len() + question, spent);
+            // A worker that never computes a prompt in context knows by this what computing would cost.
+            self.load.saw(first.selection.rows.len() + question, spent);
         }
         let shadow = self.shadow.turn(&prompt.generation).then(|| prompt.generation.shadow());
         self.running.extend(Running::start(prompt, first, &self.tokenizer));
@@ -241,14 +239,7 @@ impl Thread {
 
     fn saw(&mut self, rows: usize, took: std::time::Duration) {
         self.rate.saw(rows, took);
-        self.cost(rows, took);
-    }
-
-    /// Takes a pass into account whose rows looked at other KV, too. A worker that never computes a prompt in context
-    /// knows by this what computing would cost.
-    fn cost(&mut self, rows: usize, took: std::time::Duration) {
-        self.cost.saw(rows, took);
-        self.cost.seconds_per_row().into_iter().for_each(|seconds| self.load.set_seconds_per_row(seconds));
+        self.load.saw(rows, took);
     }
 
     /// One token for every running sequence; false when there is none.

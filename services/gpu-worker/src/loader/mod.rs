@@ -171,10 +171,7 @@ impl Loader {
     fn divide<'a>(&self, lacking: Vec<&'a Wanted>, rows: usize) -> Divided<'a> {
         let _turn = self.deciding.lock();
         let owed = self.engine.owe(rows);
-        let cost = |want: &&Wanted| Cost {
-            bytes: self.bytes(want.ids.len()),
-            rows: self.anchor.len() + want.ids.len(),
-        };
+        let cost = |want: &&Wanted| Cost { bytes: self.bytes(want.ids.len()), rows: self.rows(want) };
         let costs: Vec<Cost> = lacking.iter().map(cost).collect();
         let engine = self.engine.backlog().map(|(backlog, per_unit)| Server { backlog, per_unit });
         let ways = match self.loading {
@@ -195,7 +192,12 @@ impl Loader {
 
     /// A section that is to be computed.
     fn owe(&self, want: &Wanted) -> Owed {
-        self.engine.owe(if want.anchored { self.anchor.len() } else { 0 } + want.ids.len())
+        self.engine.owe(self.rows(want))
+    }
+
+    /// Rows of computing a section: the anchor's come with those of chunks.
+    fn rows(&self, want: &Wanted) -> usize {
+        if want.anchored { self.anchor.len() + want.ids.len() } else { want.ids.len() }
     }
 
     /// Room for a request's KV, or for as much of it as there can be; waits for that of others.
