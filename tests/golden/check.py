@@ -78,6 +78,9 @@ def check_keys(golden):
     for it in golden["text_digests"]:
         made = derive("cacheclip.v1 text digest", unhex(it["scope"]), it["text"].encode())
         same("text digest", made, it["digest"])
+    for it in golden["documents"]:
+        made = derive("cacheclip.v1 document id", unhex(it["scope"]), it["name"].encode())
+        same("document", made, it["id"])
 
 
 def align(offset):
@@ -93,8 +96,8 @@ def read_container(data):
     head = data[: 128 + 64 * count]
     assert data[112:128] == blake3(head[:112] + head[128:]).digest()[:16], "check of the head"
     size = {1: 4, 2: 2, 3: 2}[dtype]
-    raw_lens = {1: 2 * kv_heads * tokens * head_dim * size, 2: 8 * tokens, 3: 2 + tokens}
-    element = {1: size, 2: 4, 3: 1}
+    raw_lens = {1: 2 * kv_heads * tokens * head_dim * size, 2: 8 * tokens, 3: 2 + tokens, 4: 4 * tokens}
+    element = {1: size, 2: 4, 3: 1, 4: 4}
     end, segments = len(head), []
     for index in range(count):
         kind, codec, layer, offset, stored_len, raw_len = struct.unpack_from("<2HI3Q", head, 128 + 64 * index)
@@ -119,10 +122,12 @@ def check_containers(golden):
         layout, key, digest, tokens, segments = read_container((HERE / it["file"]).read_bytes())
         assert (layout, key, digest, tokens) == (it["layout"], it["key"], it["hash"], it["tokens"]), it["file"]
         assert [blake3(raw).hexdigest() for kind, raw in segments if kind == 1] == it["layers_blake3"]
-        (spans,) = (raw for kind, raw in segments if kind == 2)
-        assert [list(span) for span in struct.iter_unpack("<2I", spans)] == it["spans"]
-        (rank,) = (raw for kind, raw in segments if kind == 3)
-        assert struct.unpack_from("<H", rank)[0] == it["rank_version"] and list(rank[2:]) == it["ranks"]
+        optional = {kind: raw for kind, raw in segments if kind != 1}
+        spans, rank, ids = (optional.get(kind) for kind in (2, 3, 4))
+        assert it["spans"] == (spans and [list(span) for span in struct.iter_unpack("<2I", spans)])
+        assert it["ranks"] == (rank and list(rank[2:]))
+        assert rank is None or struct.unpack_from("<H", rank)[0] == it["rank_version"]
+        assert it["ids"] == (ids and [word for (word,) in struct.iter_unpack("<I", ids)])
 
 
 def main():

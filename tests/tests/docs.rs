@@ -28,3 +28,44 @@ fn every_metric_says_what_it_is_and_follows_the_naming_rules() {
         assert!(metric.kind != "histogram" || unit, "{} has no unit to take buckets from", metric.name);
     }
 }
+
+/// Numbered sentences of a page: from their number to the next empty line.
+fn promises(page: &str) -> Vec<&str> {
+    let numbered = |paragraph: &&str| {
+        let digits = paragraph.chars().take_while(char::is_ascii_digit).count();
+        digits > 0 && paragraph[digits..].starts_with(". ")
+    };
+    page.split("\n\n").map(str::trim_start).filter(numbered).collect()
+}
+
+/// Whether a file has a test of this name that the suite runs.
+fn runs(text: &str, name: &str) -> bool {
+    let lines: Vec<&str> = text.lines().map(str::trim).collect();
+    let start = format!("fn {name}(");
+    let Some(at) = lines.iter().position(|line| line.trim_start_matches("async ").starts_with(&start)) else {
+        return false;
+    };
+    let attributes: Vec<&&str> = lines[..at].iter().rev().take_while(|line| line.starts_with("#[")).collect();
+    let test = attributes.iter().any(|line| line.starts_with("#[test]") || line.starts_with("#[tokio::test"));
+    test && !attributes.iter().any(|line| line.starts_with("#[ignore"))
+}
+
+#[test]
+fn every_promise_of_the_store_names_tests_that_exist() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let page = std::fs::read_to_string(root.join("docs/store.md")).expect("docs/store.md");
+    let promises = promises(&page);
+    assert!(promises.len() >= 20, "{} promises", promises.len());
+    for (at, promise) in promises.iter().enumerate() {
+        let number = format!("{}. ", at + 1);
+        assert!(promise.starts_with(&number), "promises count on from 1: {promise}");
+        let tests: Vec<(&str, &str)> =
+            promise.split('`').skip(1).step_by(2).filter_map(|code| code.split_once(".rs::")).collect();
+        assert!(!tests.is_empty(), "no test holds this promise: {promise}");
+        for (path, name) in tests {
+            let text = std::fs::read_to_string(root.join(format!("{path}.rs")));
+            let text = text.unwrap_or_else(|error| panic!("{path}.rs: {error}; named by promise {}", at + 1));
+            assert!(runs(&text, name), "{path}.rs has no test {name}; named by promise {}", at + 1);
+        }
+    }
+}

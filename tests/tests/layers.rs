@@ -22,9 +22,11 @@ const ROWS: [&[&str]; 7] = [
 const SIDEWAYS: (&str, &str) = ("cacheclip-client", "cacheclip-service");
 
 /// Packages (a name, and every name that starts with it and a dash) that only some crates may use.
-const RESERVED: [(&[&str], &[&str]); 5] = [
+const RESERVED: [(&[&str], &[&str]); 6] = [
     (&["candle"], &["cacheclip-model"]),
-    (&["redis", "object_store", "redb"], &["cacheclip-cache-store"]),
+    (&["object_store", "redb"], &["cacheclip-cache-store"]),
+    // The command line measures a store beside Redis.
+    (&["redis"], &["cacheclip-cache-store", "cacheclip"]),
     (
         &["opentelemetry", "opentelemetry_sdk", "opentelemetry-otlp", "tracing-opentelemetry"],
         &["cacheclip-service", "cacheclip-tests"],

@@ -1,7 +1,8 @@
-//! Curves as SVG: text stays text, so no font is needed to draw it, and one file reads well on light and dark pages.
+//! Curves and bars as SVG: text stays text, so no font is needed to draw it, and one file reads well on light and dark pages.
 
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::ops::Range;
 
 const SIZE: (u32, u32) = (760, 460);
@@ -85,10 +86,7 @@ impl Chart {
             }
         }
         .map_err(|error| Error::Draw(error.to_string()))?;
-        // Behind the opening tag, which ends the first line that begins with it.
-        let body = svg.find("<svg").and_then(|at| svg[at..].find('>').map(|end| at + end + 1));
-        svg.insert_str(body.unwrap_or(0), DARK);
-        Ok(svg)
+        Ok(with_dark_form(svg))
     }
 
     fn drawable(&self, (x, y): (f64, f64)) -> bool {
@@ -158,6 +156,88 @@ impl Chart {
     }
 }
 
+fn with_dark_form(mut svg: String) -> String {
+    // Behind the opening tag, which ends the first line that begins with it.
+    let body = svg.find("<svg").and_then(|at| svg[at..].find('>').map(|end| at + end + 1));
+    svg.insert_str(body.unwrap_or(0), DARK);
+    svg
+}
+
+/// Bars in groups: the same things compared at several sizes. A value that is no number has no bar.
+#[derive(Clone, Debug)]
+pub struct Bars {
+    /// Above it.
+    pub title: String,
+    /// What is compared, with its unit.
+    pub y: String,
+    /// Names of what is compared: one bar of each in a group, each with its colour.
+    pub series: Vec<String>,
+    /// Name and values of each group; a value per series.
+    pub groups: Vec<(String, Vec<f64>)>,
+}
+
+impl Bars {
+    /// The drawing as the text of an SVG file.
+    ///
+    /// # Errors
+    /// No bars, or a failure of the drawing library.
+    pub fn svg(&self) -> Result<String, Error> {
+        let values = self.groups.iter().flat_map(|(_, values)| values).copied();
+        let most = values.filter(|value| value.is_finite()).fold(0.0, f64::max);
+        if most <= 0.0 {
+            return Err(Error::Empty { title: self.title.clone() });
+        }
+        let mut svg = String::new();
+        // Above the tallest there is room for the legend.
+        self.draw(&mut svg, most * 1.5).map_err(|error| Error::Draw(error.to_string()))?;
+        Ok(with_dark_form(svg))
+    }
+
+    fn draw(&self, svg: &mut String, top: f64) -> Result<(), Box<dyn std::error::Error>> {
+        let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&area)
+            .caption(&self.title, ("sans-serif", 20))
+            .margin(12)
+            .x_label_area_size(44)
+            .y_label_area_size(64)
+            .build_cartesian_2d(0.0..self.groups.len() as f64, 0.0..top)?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .x_labels(0)
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(BLACK.mix(0.15))
+            .y_desc(&self.y)
+            .y_label_formatter(&|value| short(*value))
+            .label_style(("sans-serif", 16))
+            .draw()?;
+        // Bars of a group fill four fifths of its place.
+        let width = 0.8 / self.series.len().max(1) as f64;
+        for (place, (name, &colour)) in self.series.iter().zip(COLOURS.iter().cycle()).enumerate() {
+            let bars = self.groups.iter().enumerate().filter_map(|(group, (_, values))| {
+                let value = values.get(place).copied().filter(|value| value.is_finite())?;
+                let left = group as f64 + 0.1 + place as f64 * width;
+                Some(Rectangle::new([(left, 0.0), (left + width * 0.9, value)], colour.filled()))
+            });
+            let drawn = chart.draw_series(bars)?.label(name);
+            drawn.legend(move |(x, y)| Rectangle::new([(x, y - 4), (x + 16, y + 4)], colour.filled()));
+        }
+        let below = ("sans-serif", 16).into_text_style(&area).pos(Pos::new(HPos::Center, VPos::Top));
+        chart.draw_series(self.groups.iter().enumerate().map(|(group, (name, _))| {
+            Text::new(name.clone(), (group as f64 + 0.5, 0.0), below.clone())
+        }))?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .background_style(WHITE)
+            .label_font(("sans-serif", 16))
+            .draw()?;
+        area.present()?;
+        Ok(())
+    }
+}
+
 /// A tick's label: thousands and millions short, no more digits than there are.
 fn short(value: f64) -> String {
     let magnitude = value.abs();
@@ -207,6 +287,24 @@ mod tests {
         assert!(matches!(chart(Scale::Logarithmic, vec![(1.0, 0.0)]).svg(), Err(Error::Empty { .. })));
         let svg = chart(Scale::Linear, vec![(5.0, 1.0)]).svg().expect("a drawing");
         assert_eq!(svg.matches("<circle").count(), 1);
+    }
+
+    #[test]
+    fn every_group_has_a_bar_of_each_that_was_measured() {
+        let bars = |values: Vec<f64>| Bars {
+            title: "Rates".into(),
+            y: "GB/s".into(),
+            series: vec!["ours".into(), "theirs".into()],
+            groups: vec![("4 MiB".into(), values.clone()), ("32 MiB".into(), values)],
+        };
+        let svg = bars(vec![1.0, 2.0]).svg().expect("a drawing");
+        for text in ["Rates", "GB/s", "ours", "theirs", "4 MiB", "32 MiB", "prefers-color-scheme"] {
+            assert!(svg.contains(text), "no {text} in {svg}");
+        }
+        let filled = |svg: &str| svg.matches("<rect").count();
+        let one_skipped = bars(vec![1.0, f64::NAN]).svg().expect("a drawing");
+        assert_eq!(filled(&svg) - filled(&one_skipped), 2, "a bar per group");
+        assert!(matches!(bars(vec![f64::NAN]).svg(), Err(Error::Empty { .. })));
     }
 
     #[test]

@@ -110,6 +110,10 @@ id! {
     ChunkKey
 }
 id! {
+    /// Name of a document as stores know it; derived from who brought it, so that no two callers' are one.
+    DocumentId
+}
+id! {
     /// blake3 of a container's header and segment table, and through its digests of the whole container.
     ContainerHash
 }

@@ -14,9 +14,10 @@
 //! | chunk key | derive-key, context `cacheclip.v1 chunk key` | layout (32); anchor (32); scope (32); token ids |
 //! | auxiliary chunk key | derive-key, context `cacheclip.v1 auxiliary chunk key` | auxiliary layout (32); auxiliary anchor (32); text digest (32) |
 //! | scope | keyed, by the secret (32) | `cacheclip.v1 scope id`; key id `u32`; `tenant` or `corpus`; name; salt |
+//! | document | derive-key, context `cacheclip.v1 document id` | scope of the tenant that brought it (32); name |
 //! | text digest | derive-key, context `cacheclip.v1 text digest` | scope (32); text |
 
-use crate::ids::{AnchorId, ChunkKey, LayoutId, ScopeId};
+use crate::ids::{AnchorId, ChunkKey, DocumentId, LayoutId, ScopeId};
 
 /// Version of the specification above; part of every layout id.
 pub const KEY_SPEC: u32 = 1;
@@ -80,6 +81,17 @@ impl ChunkKey {
     }
 }
 
+impl DocumentId {
+    /// The document that a tenant calls so. `scope` is the tenant's, salt included, whosever its chunks are: who
+    /// brought a document is who may delete it.
+    pub fn new(scope: &ScopeId, name: &str) -> Self {
+        let mut framed = Framed::derive("cacheclip.v1 document id");
+        framed.field(scope.as_bytes());
+        framed.field(name.as_bytes());
+        Self::from_bytes(framed.finish())
+    }
+}
+
 /// The scorer's name for a chunk's text. It depends on the scope, so that asking for a digest tells nobody
 /// whether another scope holds the same text.
 pub fn text_digest(scope: &ScopeId, text: &str) -> [u8; 32] {
@@ -117,6 +129,7 @@ mod tests {
         let scope = ScopeId::from_bytes([1; 32]);
         // The same fields, framed alike: only the context differs.
         assert_ne!(*AnchorId::new(&layout, &[]).as_bytes(), text_digest(&scope, ""));
+        assert_ne!(*DocumentId::new(&scope, "").as_bytes(), text_digest(&scope, ""));
         let anchor = AnchorId::new(&layout, &[]);
         let primary = ChunkKey::new(&layout, &anchor, &scope, &[]);
         assert_ne!(ChunkKey::auxiliary(&layout, &anchor, scope.as_bytes()), primary);

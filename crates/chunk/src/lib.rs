@@ -17,7 +17,7 @@ pub use container::codec::Codec;
 pub use container::encode::{Parts, Rank, encode, encode_with_ids};
 pub use container::head::{Head, SegmentEntry, SegmentKind};
 pub use container::{Container, FormatError};
-pub use ids::{AnchorId, ChunkKey, ContainerHash, IdError, LayoutId, ScopeId};
+pub use ids::{AnchorId, ChunkKey, ContainerHash, DocumentId, IdError, LayoutId, ScopeId};
 pub use keys::{KEY_SPEC, text_digest};
 pub use layout::{Dtype, KvShape, LayoutSpec, Llama3Scaling, RopeSpec, UnknownDtype};
 pub use scope::{Scope, ScopeSecret};

@@ -3,14 +3,17 @@
 
 use bytes::Bytes;
 use cacheclip_chunk::{
-    AnchorId, ByteSpan, ChunkKey, Codec, Container, Dtype, KEY_SPEC, KvShape, LayoutSpec, Llama3Scaling,
-    Parts, Rank, RopeSpec, Scope, ScopeSecret, encode, text_digest,
+    AnchorId, ByteSpan, ChunkKey, Codec, Container, DocumentId, Dtype, FormatError, Head, KEY_SPEC, KvShape,
+    LayoutSpec, Llama3Scaling, Parts, Rank, RopeSpec, Scope, ScopeSecret, encode, encode_with_ids,
+    text_digest,
 };
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::Command;
 
+const IDS: [u32; TOKENS as usize] = [10, 11, 12, 13, 14];
 const TOKENS: u32 = 5;
 
 fn golden(name: &str) -> PathBuf {
@@ -64,6 +67,7 @@ fn keys() -> Value {
     let secret = ScopeSecret::new(7, secret_key);
     let mut scopes = Vec::new();
     let mut digests = Vec::new();
+    let mut documents = Vec::new();
     for (kind, name, salt) in
         [("tenant", "acme", ""), ("corpus", "acme", ""), ("tenant", "café", "project-9")]
     {
@@ -77,9 +81,18 @@ fn keys() -> Value {
             );
         }
     }
+    let acme = secret.scope(Scope::Tenant("acme"), "");
+    for (scope, name) in [
+        (acme, "handbook.txt"),
+        (acme, "für/2 — a.txt"),
+        (secret.scope(Scope::Tenant("acme"), "s"), "handbook.txt"),
+    ] {
+        let id = DocumentId::new(&scope, name);
+        documents.push(json!({"scope": scope.to_string(), "name": name, "id": id.to_string()}));
+    }
     let mut anchors = Vec::new();
     let mut chunk_keys = Vec::new();
-    let scope = secret.scope(Scope::Tenant("acme"), "");
+    let scope = acme;
     for layout in layouts.iter().map(LayoutSpec::id) {
         for (anchor_ids, ids) in anchor_ids.into_iter().zip(chunk_ids) {
             let anchor = AnchorId::new(&layout, anchor_ids);
@@ -90,15 +103,17 @@ fn keys() -> Value {
         }
     }
     json!({"key_spec": KEY_SPEC, "layouts": layouts.iter().map(layout_json).collect::<Vec<_>>(),
-        "anchors": anchors, "scopes": scopes, "chunk_keys": chunk_keys, "text_digests": digests})
+        "anchors": anchors, "scopes": scopes, "chunk_keys": chunk_keys, "text_digests": digests,
+        "documents": documents})
 }
 
 /// The parts of a golden container: values of a narrow range, so that byte planes compress.
 struct Sample {
     spec: LayoutSpec,
     layers: Vec<Vec<u8>>,
-    spans: Vec<ByteSpan>,
-    ranks: Vec<u8>,
+    spans: Option<Vec<ByteSpan>>,
+    ranks: Option<Vec<u8>>,
+    ids: Option<Vec<u32>>,
 }
 
 impl Sample {
@@ -114,16 +129,29 @@ impl Sample {
         };
         Self {
             layers: (0..spec.shape.layers as usize).map(layer).collect(),
-            spans: (0..TOKENS).map(|i| ByteSpan { start: 4 * i, end: 4 * i + 3 }).collect(),
-            ranks: (0..TOKENS as u8).map(|i| 250 - 50 * i).collect(),
+            spans: Some((0..TOKENS).map(|i| ByteSpan { start: 4 * i, end: 4 * i + 3 }).collect()),
+            ranks: Some((0..TOKENS as u8).map(|i| 250 - 50 * i).collect()),
+            ids: None,
             spec,
+        }
+    }
+
+    /// As auxiliary KV is: with the token ids, and here without anything else.
+    fn with_ids(spec: LayoutSpec) -> Self {
+        Self { spans: None, ranks: None, ids: Some(IDS.to_vec()), ..Self::new(spec) }
+    }
+
+    fn encoded(&self, codec: Codec) -> Vec<u8> {
+        match &self.ids {
+            Some(ids) => encode_with_ids(&self.parts(), ids, codec).unwrap(),
+            None => encode(&self.parts(), codec).unwrap(),
         }
     }
 
     fn key(&self) -> ChunkKey {
         let layout = self.spec.id();
         let scope = ScopeSecret::new(1, [9; 32]).scope(Scope::Corpus("golden"), "");
-        ChunkKey::new(&layout, &AnchorId::new(&layout, &[1]), &scope, &[10, 11, 12, 13, 14])
+        ChunkKey::new(&layout, &AnchorId::new(&layout, &[1]), &scope, &IDS)
     }
 
     fn parts(&self) -> Parts<'_> {
@@ -134,17 +162,19 @@ impl Sample {
             tokens: TOKENS,
             dtype: self.spec.dtype,
             layers: self.layers.iter().map(Vec::as_slice).collect(),
-            spans: Some(&self.spans),
-            rank: Some(Rank { version: 3, ranks: &self.ranks }),
+            spans: self.spans.as_deref(),
+            rank: self.ranks.as_deref().map(|ranks| Rank { version: 3, ranks }),
         }
     }
 }
 
-fn samples() -> [(&'static str, Sample, Codec); 2] {
+fn samples() -> [(&'static str, Sample, Codec); 3] {
     let [plain, scaled] = specs();
+    let half = LayoutSpec { dtype: Dtype::F16, ..plain.clone() };
     [
         ("raw-f32.kv", Sample::new(plain), Codec::Raw),
         ("planes-bf16.kv", Sample::new(scaled), Codec::BytePlaneZstd { level: 3 }),
+        ("ids-f16.kv", Sample::with_ids(half), Codec::Raw),
     ]
 }
 
@@ -155,8 +185,8 @@ fn containers() -> Value {
         let raw: Vec<_> = sample.layers.iter().map(|layer| hex(blake3::hash(layer).as_bytes())).collect();
         json!({"file": file, "hash": container.hash().to_string(), "layout": sample.spec.id().to_string(),
             "key": sample.key().to_string(), "layers_blake3": raw, "tokens": TOKENS,
-            "spans": sample.spans.iter().map(|span| [span.start, span.end]).collect::<Vec<_>>(),
-            "rank_version": 3, "ranks": sample.ranks})
+            "spans": sample.spans.as_ref().map(|it| it.iter().map(|span| [span.start, span.end]).collect::<Vec<_>>()),
+            "rank_version": 3, "ranks": sample.ranks, "ids": sample.ids})
     };
     Value::Array(samples().iter().map(describe).collect())
 }
@@ -177,16 +207,49 @@ fn containers_of_an_earlier_release_are_still_read() {
         let bytes = std::fs::read(golden(file)).unwrap();
         assert!(bytes.len() <= 20 * 1024);
         if codec == Codec::Raw {
-            assert_eq!(encode(&sample.parts(), codec).unwrap(), bytes, "{file} is not what is written today");
+            assert_eq!(sample.encoded(codec), bytes, "{file} is not what is written today");
         }
         let container = Container::parse(Bytes::from(bytes)).unwrap();
         container.verify_all().unwrap();
         for (layer, raw) in sample.layers.iter().enumerate() {
             assert_eq!(&container.layer(layer as u32).unwrap(), raw);
         }
-        assert_eq!(container.spans().unwrap().unwrap(), sample.spans);
-        assert_eq!(container.rank().unwrap().unwrap(), (3, sample.ranks));
+        assert_eq!(container.spans().unwrap(), sample.spans);
+        assert_eq!(container.rank().unwrap(), sample.ranks.map(|ranks| (3, ranks)));
+        assert_eq!(container.ids().unwrap(), sample.ids);
     }
+}
+
+#[test]
+fn every_kind_codec_and_dtype_has_a_golden_file() {
+    let (mut kinds, mut codecs, mut dtypes) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+    for (file, ..) in samples() {
+        let head = Head::parse(&std::fs::read(golden(file)).unwrap()).unwrap();
+        dtypes.insert(head.dtype().name());
+        kinds.extend(head.segments().iter().map(|entry| entry.kind as u16));
+        codecs.extend(head.segments().iter().map(|entry| entry.codec as u16));
+    }
+    // Codes are dense: the next one is none that a reader knows.
+    let unknown = |field: &str, at: usize, code: u16| {
+        let (file, ..) = &samples()[0];
+        let mut bytes = std::fs::read(golden(file)).unwrap();
+        bytes[at..at + 2].copy_from_slice(&code.to_le_bytes());
+        let len = Head::len_from_prefix(&bytes).unwrap();
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&bytes[..112]).update(&bytes[128..len]);
+        bytes[112..128].copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+        let error = Head::parse(&bytes).unwrap_err();
+        assert!(
+            matches!(error, FormatError::Field { field: it, .. } if it == field),
+            "{field} {code}: {error}"
+        );
+    };
+    assert_eq!(kinds.iter().copied().collect::<Vec<_>>(), [1, 2, 3, 4]);
+    unknown("segment kind", 128, 5);
+    assert_eq!(codecs.iter().copied().collect::<Vec<_>>(), [0, 1]);
+    unknown("codec", 130, 2);
+    assert_eq!(dtypes.len(), 3);
+    unknown("dtype", 14, 4);
 }
 
 #[test]
@@ -215,7 +278,7 @@ fn write_golden_files() {
         std::fs::write(golden(name), serde_json::to_string_pretty(value).unwrap() + "\n").unwrap();
     };
     for (file, sample, codec) in samples() {
-        std::fs::write(golden(file), encode(&sample.parts(), codec).unwrap()).unwrap();
+        std::fs::write(golden(file), sample.encoded(codec)).unwrap();
     }
     write("keys.json", &keys());
     write("containers.json", &containers());

@@ -16,6 +16,9 @@ pub(crate) struct Arguments {
     /// Text files; paragraphs (separated by empty lines) become chunks.
     #[arg(required = true)]
     files: Vec<PathBuf>,
+    /// Seconds after which the documents' KV expires unless they are ingested again; 0: never.
+    #[arg(long, default_value_t = 0, value_name = "SECONDS")]
+    ttl_seconds: u64,
     /// Gateway to send them to.
     #[arg(long, default_value = "http://127.0.0.1:7070")]
     gateway: String,
@@ -24,11 +27,17 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut client = fleet::connect(&arguments.gateway).await?;
     let documents = arguments.files.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
-    let total = send(&mut client, documents, "ingest").await?;
+    let total = send_for(&mut client, documents, arguments.ttl_seconds, "ingest").await?;
     text::line(format_args!(
         "{} chunks, {} computed now, {} tokens",
         total.chunks, total.computed, total.tokens
     ));
+    if total.unprepared > 0 {
+        text::line(format_args!(
+            "{} chunks were not prepared by a scorer: ingest again, so that scoring them is fast and deleting them complete",
+            total.unprepared
+        ));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -44,6 +53,7 @@ pub(crate) struct Total {
     pub(crate) chunks: u64,
     pub(crate) computed: u64,
     pub(crate) tokens: u64,
+    pub(crate) unprepared: u64,
 }
 
 impl Total {
@@ -52,6 +62,7 @@ impl Total {
             chunks: self.chunks + other.chunks,
             computed: self.computed + other.computed,
             tokens: self.tokens + other.tokens,
+            unprepared: self.unprepared + other.unprepared,
         }
     }
 }
@@ -62,6 +73,16 @@ pub(crate) async fn send(
     documents: Vec<(String, Vec<String>)>,
     label: &'static str,
 ) -> anyhow::Result<Total> {
+    send_for(client, documents, 0, label).await
+}
+
+/// The same for documents that expire after so many seconds; 0: never.
+async fn send_for(
+    client: &mut GatewayClient<Channel>,
+    documents: Vec<(String, Vec<String>)>,
+    ttl_seconds: u64,
+    label: &'static str,
+) -> anyhow::Result<Total> {
     let bar = ProgressBar::new(documents.iter().map(|(_, chunks)| chunks.len() as u64).sum());
     bar.set_style(
         ProgressStyle::with_template("{prefix} [{bar:40}] {pos}/{len} chunks {msg}")?.progress_chars("=> "),
@@ -70,6 +91,7 @@ pub(crate) async fn send(
     let requests = documents.into_iter().map(|(document, chunks)| IngestRequest {
         document,
         chunks: chunks.into_iter().map(|text| Chunk { text, corpus: String::new() }).collect(),
+        ttl_seconds,
         ..Default::default()
     });
     let requests: Vec<IngestRequest> = requests.collect();
@@ -86,6 +108,7 @@ pub(crate) async fn send(
             chunks: u64::from(done.chunks_done),
             computed: u64::from(done.chunks_computed),
             tokens: done.tokens,
+            unprepared: u64::from(done.chunks_unprepared),
         };
         bar.set_position(ended.plus(current).chunks);
         bar.set_message(done.document);

@@ -1,12 +1,14 @@
-//! The `cacheclip` command line: demo, serve, ask, ingest, eval, bench, world.
+//! The `cacheclip` command line: demo, serve, ask, ingest, delete, verify, eval, bench, world.
 
 mod ask;
 mod bench;
+mod delete;
 mod demo;
 mod eval;
 mod ingest;
 mod serve;
 mod text;
+mod verify;
 
 use cacheclip_service::telemetry;
 use clap::{Parser, Subcommand};
@@ -34,6 +36,12 @@ enum Command {
     Ask(ask::Arguments),
     /// Precompute the KV of text files, one chunk per paragraph.
     Ingest(ingest::Arguments),
+    /// Delete the KV of an ingested document from stores, workers and scorers. Exit code 3 while one of them has not
+    /// answered: ask again until it is 0.
+    Delete(delete::Arguments),
+    /// Check every byte of a store's data directory, changing nothing. Exit code 0: all containers are good; 1: some
+    /// are damaged; 2: something could not be read, and nothing that could be was damaged.
+    Verify(verify::Arguments),
     /// Evaluate quality: task families × policies × ratios, as a share of the same model's full prefill.
     Eval(eval::Arguments),
     /// Measure: speed by reuse, and the engine beside PyTorch and llama.cpp.
@@ -81,6 +89,8 @@ fn main() -> ExitCode {
             Command::Serve(arguments) => serve::run(arguments).await,
             Command::Ask(arguments) => ask::run(arguments).await,
             Command::Ingest(arguments) => ingest::run(arguments).await,
+            Command::Delete(arguments) => delete::run(arguments).await,
+            Command::Verify(arguments) => Ok(verify::run(&arguments)),
             Command::Eval(arguments) => eval::run(&arguments),
             Command::Bench(bench) => bench::run(bench).await,
             Command::Metrics { markdown: true } => {

@@ -207,6 +207,71 @@ fn the_scorers_pass_is_compared_with_products_of_the_same_rounds() {
     }
 }
 
+/// A promise of `bench store` is judged by its own median.
+fn judged(promise: &Value, count: usize) {
+    let (median, wanted) = (runs(&promise["value"], count), &promise["wanted"]);
+    let kept = match (wanted["at_least"].as_f64(), wanted["at_most"].as_f64()) {
+        (Some(least), None) => median >= least,
+        (None, Some(most)) => median <= most,
+        _ => panic!("one bound: {promise}"),
+    };
+    assert_eq!(promise["kept"], kept, "{promise}");
+}
+
+#[test]
+fn the_store_is_measured_beside_its_peers_and_its_promises_are_judged() {
+    let report = report("store --sizes 1,2 --runs 2 --start-objects 50 --readers 2 --budget-mib 128");
+    let transfers = report["transfers"].as_array().expect("one per size");
+    for (transfer, mib) in transfers.iter().zip([1, 2]) {
+        let rows = rows(transfer);
+        assert_eq!(rows.len(), 9);
+        for row in rows {
+            assert_eq!(row["mib"], mib);
+            // Without a Redis there is a reason instead.
+            match row["skipped"].as_str() {
+                Some(why) => assert!(row["name"] == "redis get + blake3" && !why.is_empty(), "{row}"),
+                None => assert!(runs(&row["bytes_per_second"], 2) > 1e6, "{row}"),
+            }
+        }
+        for stage in ["get", "socket", "transport", "verify", "decode"] {
+            runs(&transfer["stages"][stage], 2);
+        }
+        let promises = transfer["promises"].as_array().expect("promises");
+        assert!(promises.len() >= 3, "{transfer}");
+        promises.iter().for_each(|promise| judged(promise, 2));
+    }
+    assert!(runs(&report["layers"]["first_ms"], 2) <= runs(&report["layers"]["whole_ms"], 2));
+    judged(&report["layers"]["promise"], 2);
+    runs(&report["lookup"]["lookup_us"], 2);
+    assert_eq!(report["lookup"]["promise"].is_null(), report["lookup"]["skipped"].is_string());
+    let (memory, start) = (&report["memory"], &report["start"]);
+    assert!(number(&memory["peak_bytes"]) >= number(&memory["before_bytes"]) && memory["readers"] == 2);
+    judged(&memory["promise"], 1);
+    assert!(start["objects"] == 50 && number(&start["first_seconds"]) > 0.0);
+    judged(&start["promise"], 2);
+}
+
+#[test]
+fn every_way_to_store_kv_is_measured_on_every_sample_and_the_default_is_compared_with_the_best() {
+    let report = report("codec --tokens 48 --shapes aux-30m --runs 2");
+    let verdicts = report["verdicts"].as_array().expect("verdicts");
+    assert_eq!(verdicts.len(), 9, "three samples in three dtypes");
+    let groups = rows(&report).chunks_exact(rows(&report).len() / verdicts.len());
+    for (group, verdict) in groups.zip(verdicts) {
+        let alike = |row: &Value| row["sample"] == verdict["sample"] && row["dtype"] == verdict["dtype"];
+        assert!(group.len() == 16 && group.iter().all(alike), "{verdict}");
+        assert_eq!(number(&group[0]["ratio"]), 1.0, "the first is stored as it is");
+        assert_eq!(group.iter().filter(|row| row["default"] == true).count(), 1);
+        for row in group {
+            assert!(number(&row["ratio"]) <= 1.0 && runs(&row["encode_gb_per_s"], 2) > 0.0, "{row}");
+            assert!(runs(&row["load_gb_per_s"], 2) < runs(&row["decode_gb_per_s"], 2), "{row}");
+        }
+        assert!(group.iter().any(|row| row["way"] == verdict["best"]));
+        let share = number(&verdict["default_over_best"]);
+        assert!(share > 0.0 && share <= 1.0, "{verdict}");
+    }
+}
+
 #[test]
 fn peers_that_are_not_installed_are_named_with_the_place_that_tells_how() {
     let output = bench("peers --python no-such-python --tokens 16 --runs 1");

@@ -1,21 +1,23 @@
 //! The calls at one store.
 
 use crate::fleet::Fleet;
-use crate::node::Node;
-use crate::{Deleted, Error, Options, Outcome, metrics};
+use crate::node::{MAX_MESSAGE, Node};
+use crate::since::Since;
+use crate::{Deleted, Error, Options, Outcome, Terms, metrics};
 use bytes::{Bytes, BytesMut};
 use cacheclip_chunk::{ChunkKey, Head, LayoutId};
 use cacheclip_rpc::convert::id_bytes;
+use cacheclip_rpc::stream;
 use cacheclip_rpc::v1::{
     self, DeleteRequest, GetRequest, LookupRequest, MissReason, PutFrame, PutHead, Tier, kv_frame, put_frame,
 };
 use cacheclip_service::request_id::outgoing;
 use cacheclip_service::seconds;
 use std::time::Instant;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Response, Status};
 
 /// Bytes of one frame of a put.
-const PUT_FRAME: usize = 512 << 10;
+const PUT_FRAME: usize = 1 << 20;
 /// Room made ahead for a container; the rest grows as bytes come.
 const AHEAD: u64 = 4 << 20;
 
@@ -26,6 +28,31 @@ pub(crate) async fn pause(options: &Options, attempt: u32) {
         let factor = f64::from(1u32 << (attempt - 1).min(10));
         tokio::time::sleep(seconds(options.backoff_seconds * factor)).await;
     }
+}
+
+/// Keys as a message carries them.
+pub(crate) fn raw(keys: &[ChunkKey]) -> Vec<Bytes> {
+    keys.iter().map(|key| id_bytes(key.as_bytes())).collect()
+}
+
+/// A call that may be made several times with the same effect, made again where that may help.
+pub(crate) async fn again<T, Answer: Future<Output = Result<Response<T>, Status>>>(
+    fleet: &Fleet,
+    node: &Node,
+    method: &'static str,
+    timeout: f64,
+    options: &Options,
+    call: impl Fn() -> Answer,
+) -> Result<T, Error> {
+    let mut last = Error::NoStore;
+    for attempt in 0..=options.retries {
+        pause(options, attempt).await;
+        match fleet.call(node, method, timeout, call()).await {
+            Err(Error::Status(status)) if worth_retrying(&status) => last = Error::Status(status),
+            answer => return answer,
+        }
+    }
+    Err(last)
 }
 
 /// Whether the same read may succeed when it is made again.
@@ -64,20 +91,19 @@ impl Fleet {
         layout: LayoutId,
         keys: &[ChunkKey],
         elsewhere: bool,
-        options: &Options,
+        (options, since): (&Options, &Since),
     ) -> Result<Vec<v1::Entry>, MissReason> {
-        let request = LookupRequest {
-            layout: id_bytes(layout.as_bytes()),
-            keys: keys.iter().map(|key| id_bytes(key.as_bytes())).collect(),
-            elsewhere,
-        };
+        let request = LookupRequest { layout: id_bytes(layout.as_bytes()), keys: raw(keys), elsewhere };
         let mut missing = MissReason::Unavailable;
         for attempt in 0..=options.retries {
             pause(options, attempt).await;
             let mut client = node.control.clone();
             let call = client.lookup(outgoing(Request::new(request.clone())));
             match self.call(node, "lookup", options.call_timeout_seconds, call).await {
-                Ok(answer) if answer.entries.len() == keys.len() => return Ok(answer.entries),
+                Ok(answer) if answer.entries.len() == keys.len() => {
+                    since.told(node, answer.generation);
+                    return Ok(answer.entries);
+                }
                 Ok(_) => break,
                 // Waiting as long again helps nobody.
                 Err(Error::Timeout { .. }) => return Err(MissReason::Timeout),
@@ -99,19 +125,21 @@ impl Fleet {
         node: &Node,
         head: &Head,
         container: Bytes,
-        options: &Options,
+        (options, terms): (&Options, &Terms),
     ) -> Result<Outcome, Error> {
         let bytes = container.len();
         let announced = put_frame::Frame::Head(PutHead {
             layout: id_bytes(head.layout().as_bytes()),
             key: id_bytes(head.key().as_bytes()),
             bytes: bytes as u64,
+            hold: terms.hold.clone(),
+            generation: terms.since.at(node),
         });
         let frames = (0..bytes)
             .step_by(PUT_FRAME)
             .map(move |at| put_frame::Frame::Data(container.slice(at..bytes.min(at + PUT_FRAME))));
         let frames = std::iter::once(announced).chain(frames).map(|frame| PutFrame { frame: Some(frame) });
-        let mut client = node.bulk.clone();
+        let mut client = node.bulk.calls.clone();
         let call = client.put(outgoing(Request::new(futures::stream::iter(frames))));
         let answer = self.call(node, "put", options.put_timeout_seconds, call).await?;
         node.sound();
@@ -127,10 +155,7 @@ impl Fleet {
         keys: &[ChunkKey],
         options: &Options,
     ) -> Result<Deleted, Error> {
-        let request = DeleteRequest {
-            layout: id_bytes(layout.as_bytes()),
-            keys: keys.iter().map(|key| id_bytes(key.as_bytes())).collect(),
-        };
+        let request = DeleteRequest { layout: id_bytes(layout.as_bytes()), keys: raw(keys) };
         let mut client = node.control.clone();
         let call = client.delete(outgoing(Request::new(request)));
         let answer = self.call(node, "delete", options.call_timeout_seconds, call).await?;
@@ -144,12 +169,11 @@ impl Fleet {
         layout: LayoutId,
         key: &ChunkKey,
         (bytes, tier): (u64, Tier),
-        options: &Options,
+        (options, since): (&Options, &Since),
     ) -> Result<Bytes, MissReason> {
         let started = Instant::now();
         let request = GetRequest { layout: id_bytes(layout.as_bytes()), key: id_bytes(key.as_bytes()) };
-        let mut client = node.bulk.clone();
-        let call = client.get(outgoing(Request::new(request)));
+        let call = stream::get(node.bulk.channel.clone(), outgoing(Request::new(request)), MAX_MESSAGE);
         let mut frames = match self.call(node, "get", options.silence_seconds, call).await {
             Ok(frames) => frames,
             Err(Error::Status(status)) => return Err(reason(&status)),
@@ -162,7 +186,10 @@ impl Fleet {
                 () = node.silent() => None,
             };
             let frame = match next {
-                Some(Ok(Some(frame))) => frame.frame,
+                Some(Ok(Some(frame))) => {
+                    since.told(node, frame.generation);
+                    frame.frame
+                }
                 Some(Ok(None)) => return Err(MissReason::Corrupt),
                 Some(Err(status)) => {
                     self.judge(node, &status);

@@ -6,8 +6,8 @@ use cacheclip_rpc::v1::{MissReason, Segment};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Room made ahead for a segment; the rest grows as bytes come, so that a head alone allocates little.
-const AHEAD: u64 = 4 << 20;
+/// A shorter piece of a segment is copied behind the one before: it would hold on to more memory than it fills.
+const SHORT: usize = 64 << 10;
 
 /// Frames that are not what was asked for: the chunk is computed instead.
 #[derive(Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(crate) struct Arrival {
     pub(crate) next_layer: u32,
     /// Which optional segments have been handed on.
     extras: Vec<usize>,
-    partial: Option<(usize, BytesMut)>,
+    partial: Option<(usize, Pieces)>,
     /// Set when nothing more is wanted, whatever comes.
     pub(crate) over: bool,
 }
@@ -33,7 +33,44 @@ pub(crate) struct Arrival {
 pub(crate) struct Whole {
     pub(crate) head: Arc<Head>,
     pub(crate) index: usize,
-    pub(crate) stored: Bytes,
+    pub(crate) stored: Pieces,
+}
+
+/// Stored bytes as they came, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces {
+    long: Vec<Bytes>,
+    /// Short ones that came since the last long one.
+    short: BytesMut,
+    length: usize,
+}
+
+impl Pieces {
+    fn push(&mut self, piece: Bytes) {
+        self.length += piece.len();
+        if piece.len() < SHORT {
+            self.short.extend_from_slice(&piece);
+            return;
+        }
+        if !self.short.is_empty() {
+            self.long.push(self.short.split().freeze());
+        }
+        self.long.push(piece);
+    }
+
+    /// All of them as one; of a single piece without a copy.
+    pub(crate) fn join(mut self) -> Bytes {
+        match self.long.pop() {
+            None => self.short.freeze(),
+            Some(only) if self.long.is_empty() && self.short.is_empty() => only,
+            Some(last) => {
+                let mut joined = Vec::with_capacity(self.length);
+                self.long.iter().chain([&last]).for_each(|piece| joined.extend_from_slice(piece));
+                joined.extend_from_slice(&self.short);
+                joined.into()
+            }
+        }
+    }
 }
 
 impl Arrival {
@@ -86,27 +123,19 @@ impl Arrival {
         let index = frame.index as usize;
         let entry = head.segments().get(index).ok_or(Corrupt)?;
         let (at, so_far) = match &self.partial {
-            Some((at, bytes)) => (*at, bytes.len() as u64),
+            Some((at, pieces)) => (*at, pieces.length as u64),
             None => (index, 0),
         };
         // So far ≤ stored length, hence no overflow.
         if at != index || frame.offset != so_far || frame.data.len() as u64 > entry.stored_len - so_far {
             return Err(Corrupt);
         }
-        let complete = so_far + frame.data.len() as u64 == entry.stored_len;
-        let stored = match self.partial.take() {
-            None if complete => frame.data,
-            partial => {
-                let room = || BytesMut::with_capacity(entry.stored_len.min(AHEAD) as usize);
-                let mut bytes = partial.map_or_else(room, |(_, bytes)| bytes);
-                bytes.extend_from_slice(&frame.data);
-                if !complete {
-                    self.partial = Some((index, bytes));
-                    return Ok(None);
-                }
-                bytes.freeze()
-            }
-        };
+        let mut stored = self.partial.take().map_or_else(Pieces::default, |(_, pieces)| pieces);
+        stored.push(frame.data);
+        if (stored.length as u64) < entry.stored_len {
+            self.partial = Some((index, stored));
+            return Ok(None);
+        }
         let whole = Whole { head: Arc::clone(head), index, stored };
         match entry.kind {
             SegmentKind::Layer if entry.layer < self.next_layer => Ok(None),
@@ -124,5 +153,26 @@ impl Arrival {
                 Ok(Some(whole))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_of_any_length_are_joined_in_order_and_a_single_one_is_not_copied() {
+        let piece = |length: usize, value: u8| Bytes::from(vec![value; length]);
+        for lengths in [&[][..], &[0], &[1], &[SHORT], &[1, SHORT, 2, 3, SHORT + 1, 4], &[SHORT; 3]] {
+            let (mut pieces, mut expected) = (Pieces::default(), Vec::new());
+            for (value, &length) in lengths.iter().enumerate() {
+                pieces.push(piece(length, value as u8));
+                expected.extend(piece(length, value as u8));
+            }
+            assert!(pieces.length == expected.len() && pieces.join() == expected, "{lengths:?}");
+        }
+        let (mut pieces, only) = (Pieces::default(), piece(SHORT, 7));
+        pieces.push(only.clone());
+        assert_eq!(pieces.join().as_ptr(), only.as_ptr());
     }
 }

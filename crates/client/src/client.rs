@@ -5,11 +5,12 @@ use crate::fetch::{Fetch, start};
 use crate::find::Finder;
 use crate::fleet::Fleet;
 use crate::moves::Mover;
+use crate::since::Since;
 use crate::whole::{self, Containers};
 use crate::{Error, LayerStream, Options, Outcome};
 use bytes::Bytes;
 use cacheclip_chunk::{ChunkKey, ContainerHash, Head, LayoutId};
-use cacheclip_rpc::v1::{MissReason, Tier};
+use cacheclip_rpc::v1::{Hold, MissReason, Tier};
 use cacheclip_service::{ConnectOptions, seconds};
 use futures::future::join_all;
 use std::ops::Range;
@@ -18,9 +19,19 @@ use std::sync::Arc;
 /// Handle to the stores. Cheap to clone; connects with its first call and again after a loss.
 #[derive(Clone, Debug)]
 pub struct StoreClient {
-    fleet: Fleet,
+    pub(crate) fleet: Fleet,
     mover: Mover,
-    options: Arc<Options>,
+    pub(crate) options: Arc<Options>,
+    pub(crate) since: Since,
+}
+
+/// What a put comes with, besides the container.
+#[derive(Clone, Debug, Default)]
+pub struct Terms {
+    /// The document that brought the chunk.
+    pub hold: Option<Hold>,
+    /// What the stores had deleted when the chunk's computing began: what was deleted since is refused.
+    pub since: Since,
 }
 
 /// Where a lookup found a chunk, or why it did not.
@@ -73,7 +84,19 @@ impl StoreClient {
         let options = Arc::new(options);
         let fleet = Fleet::start(seeds, connect, &options)?;
         let mover = Mover::start(fleet.clone(), Arc::clone(&options));
-        Ok(Self { fleet, mover, options })
+        Ok(Self { fleet, mover, options, since: Since::default() })
+    }
+
+    /// This client for one request, which begins now: what stores say of their deletions when they lack something is
+    /// kept for what the request writes.
+    #[must_use]
+    pub fn begin(&self) -> Self {
+        Self { since: Since::now(&self.fleet), ..self.clone() }
+    }
+
+    /// What the stores had deleted, as this request knows it: belongs to the [`Terms`] of what it writes.
+    pub fn since(&self) -> Since {
+        self.since.clone()
     }
 
     /// Which of `keys` the stores have, in their order. Where the store that keeps a chunk cannot be asked, the
@@ -84,7 +107,7 @@ impl StoreClient {
             return located;
         }
         self.met().await;
-        let finder = Finder::new(&self.fleet, &self.options, layout, keys);
+        let finder = Finder::new(&self.fleet, &self.options, layout, keys, &self.since);
         let groups = finder.groups();
         let found = join_all(groups.iter().map(|(owner, indices)| finder.locate(owner, indices))).await;
         for (index, found) in found.into_iter().flatten() {
@@ -108,6 +131,7 @@ impl StoreClient {
             keys: keys.to_vec(),
             range,
             options: Arc::clone(&self.options),
+            since: self.since.or_now(&self.fleet),
         })
     }
 
@@ -116,7 +140,7 @@ impl StoreClient {
     /// from the container. Dropping the stream stops the stores' work.
     pub fn get(&self, layout: LayoutId, keys: &[ChunkKey]) -> Containers {
         let (fleet, mover, options) = (self.fleet.clone(), self.mover.clone(), Arc::clone(&self.options));
-        whole::start(fleet, mover, options, layout, keys.to_vec())
+        whole::start(fleet, mover, options, self.since.or_now(&self.fleet), layout, keys.to_vec())
     }
 
     /// Stores a container. The first writer of a key wins; a later one is told [`Outcome::Existed`].
@@ -124,6 +148,15 @@ impl StoreClient {
     /// # Errors
     /// Bytes that are not a container, no live store, a store that refuses it or cannot be reached in time.
     pub async fn put(&self, container: Bytes) -> Result<Outcome, Error> {
+        self.put_on(container, &Terms { hold: None, since: self.since() }).await
+    }
+
+    /// The same on terms. A chunk that was deleted since its computing began is refused, which is
+    /// [`Outcome::Deleted`] and no error: nothing is to be done about it.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub async fn put_on(&self, container: Bytes, terms: &Terms) -> Result<Outcome, Error> {
         let head = Head::parse(&container)?;
         self.met().await;
         let mut lost = None;
@@ -131,7 +164,7 @@ impl StoreClient {
             let Some(node) = self.fleet.view().keeper(&head.key()).map(Arc::clone) else {
                 return Err(lost.unwrap_or(Error::NoStore));
             };
-            match self.fleet.put(&node, &head, container.clone(), &self.options).await {
+            match self.fleet.put(&node, &head, container.clone(), (&self.options, terms)).await {
                 // Another store keeps the chunk from now on.
                 Err(error) if lost.is_none() && !node.is_live() => lost = Some(error),
                 answer => return answer,
@@ -163,7 +196,7 @@ impl StoreClient {
         Ok(sum)
     }
 
-    async fn met(&self) {
+    pub(crate) async fn met(&self) {
         self.fleet.met(seconds(self.options.call_timeout_seconds)).await;
     }
 }

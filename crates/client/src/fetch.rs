@@ -6,6 +6,7 @@ use crate::layers::{Item, LayerStream, Pending};
 use crate::moves::{Move, Mover};
 use crate::node::Node;
 use crate::read::{Absent, Reader, Source};
+use crate::since::Since;
 use crate::{Options, metrics};
 use cacheclip_chunk::{ChunkKey, LayoutId};
 use cacheclip_rpc::v1::MissReason;
@@ -23,6 +24,7 @@ pub(crate) struct Fetch {
     pub(crate) keys: Vec<ChunkKey>,
     pub(crate) range: Range<u32>,
     pub(crate) options: Arc<Options>,
+    pub(crate) since: Since,
 }
 
 /// Starts reading; the task ends with the stream's end or with the stream.
@@ -80,7 +82,7 @@ impl Fetch {
             return;
         }
         let keys: Vec<ChunkKey> = absent.iter().map(|it| self.keys[it.chunk]).collect();
-        let entries = self.fleet.lookup(owner, self.layout, &keys, true, &self.options).await;
+        let entries = self.fleet.lookup(owner, self.layout, &keys, true, (&self.options, &self.since)).await;
         let view = self.fleet.view();
         let mut places = Vec::new();
         for (index, it) in absent.iter().enumerate() {
@@ -99,8 +101,8 @@ impl Fetch {
         for ((node, _), complete) in groups.iter().zip(join_all(reads).await) {
             for read in complete {
                 let (key, from) = (self.keys[read.chunk], Arc::clone(node));
-                let next = Move { layout: self.layout, key, bytes: read.bytes, tier: read.tier, from };
-                self.mover.offer(next);
+                let (layout, since) = (self.layout, self.since.clone());
+                self.mover.offer(Move { layout, key, bytes: read.bytes, tier: read.tier, from, since });
             }
         }
     }
@@ -113,6 +115,7 @@ impl Fetch {
             keys: &self.keys,
             range: self.range.clone(),
             options: &self.options,
+            since: &self.since,
         }
     }
 }

@@ -4,6 +4,7 @@ use crate::Options;
 use crate::calls::may_be_elsewhere;
 use crate::fleet::{Fleet, View, grouped};
 use crate::node::Node;
+use crate::since::Since;
 use cacheclip_chunk::{ChunkKey, ContainerHash, LayoutId};
 use cacheclip_rpc::v1::{self, MissReason, Tier};
 use futures::future::join_all;
@@ -24,6 +25,7 @@ pub(crate) struct Finder<'a> {
     options: &'a Options,
     layout: LayoutId,
     keys: &'a [ChunkKey],
+    since: &'a Since,
     pub(crate) view: View,
 }
 
@@ -33,8 +35,9 @@ impl<'a> Finder<'a> {
         options: &'a Options,
         layout: LayoutId,
         keys: &'a [ChunkKey],
+        since: &'a Since,
     ) -> Self {
-        Self { fleet, options, layout, keys, view: fleet.view() }
+        Self { fleet, options, layout, keys, since, view: fleet.view() }
     }
 
     /// The chunks by the store that keeps them, as indices; empty when no store is live.
@@ -84,7 +87,7 @@ impl<'a> Finder<'a> {
         elsewhere: bool,
     ) -> Result<Vec<v1::Entry>, MissReason> {
         let keys: Vec<ChunkKey> = indices.iter().map(|&index| self.keys[index]).collect();
-        self.fleet.lookup(node, self.layout, &keys, elsewhere, self.options).await
+        self.fleet.lookup(node, self.layout, &keys, elsewhere, (self.options, self.since)).await
     }
 }
 

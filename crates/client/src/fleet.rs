@@ -1,14 +1,15 @@
 //! The stores a client knows, which of them are live, and which one keeps what.
 
 use crate::membership;
-use crate::node::{Node, Standing, dial};
+use crate::node::{Bulk, Node, Standing};
 use crate::placement;
 use crate::{Error, Options, metrics};
 use cacheclip_chunk::ChunkKey;
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::cache_client::CacheClient;
 use cacheclip_service::{ConnectOptions, endpoint, seconds};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
@@ -27,6 +28,8 @@ pub(crate) struct Inner {
     pub(crate) patience: Duration,
     /// Ascending by name.
     nodes: RwLock<Vec<Arc<Node>>>,
+    /// Endpoints that are asked, and names that could never be looked up; whether a store has ever answered there.
+    asked: Mutex<BTreeMap<String, bool>>,
     /// Whether every store has been asked once.
     met: watch::Sender<bool>,
     /// Starts the next round of asking soon.
@@ -56,6 +59,7 @@ impl Fleet {
             refresh: seconds(options.refresh_seconds),
             patience: seconds(options.members_timeout_seconds),
             nodes: RwLock::default(),
+            asked: Mutex::default(),
             met: watch::Sender::new(false),
             wake: Arc::default(),
         });
@@ -77,6 +81,17 @@ impl Fleet {
         let nodes = self.0.nodes.read();
         let of = |wanted| nodes.iter().filter(|node| node.standing() == wanted).map(Arc::clone).collect();
         View { keepers: of(Standing::Live), leaving: of(Standing::Leaving) }
+    }
+
+    /// All stores that are known, live or not.
+    pub(crate) fn known(&self) -> Vec<Arc<Node>> {
+        self.0.nodes.read().clone()
+    }
+
+    /// Where stores should be and none has ever answered.
+    pub(crate) fn unheard(&self) -> Vec<String> {
+        let asked = self.0.asked.lock();
+        asked.iter().filter(|(_, answered)| !**answered).map(|(endpoint, _)| endpoint.clone()).collect()
     }
 
     /// How many stores are known that are not live.
@@ -149,9 +164,38 @@ impl Inner {
         self.nodes.read().iter().any(|node| node.endpoint() == endpoint && node.is_live())
     }
 
+    /// A store may be at this endpoint.
+    pub(crate) fn asks(&self, endpoint: &str) {
+        self.asked.lock().entry(endpoint.to_owned()).or_default();
+    }
+
+    /// Whether the addresses of a seed are known.
+    pub(crate) fn looked_up(&self, seed: &str, known: bool) {
+        let mut asked = self.asked.lock();
+        if known {
+            asked.remove(seed);
+        } else {
+            asked.insert(seed.to_owned(), false);
+        }
+    }
+
+    /// A store said how many deletions it counts.
+    pub(crate) fn counts(&self, name: &str, generation: u64) {
+        if let Some(node) = self.nodes.read().iter().find(|node| node.name() == name) {
+            node.counts(generation);
+        }
+    }
+
     /// A store said at `endpoint`, which `control` dials, that it is there.
     pub(crate) fn answered(&self, endpoint: &str, told: &v1::Node, control: &CacheClient<Channel>) {
-        let at_home = normal(&told.endpoint) == endpoint;
+        let home = normal(&told.endpoint);
+        let at_home = home == endpoint;
+        {
+            // Who answers here need not be reachable at home.
+            let mut asked = self.asked.lock();
+            asked.insert(endpoint.to_owned(), true);
+            asked.insert(home, true);
+        }
         let mut nodes = self.nodes.write();
         // An endpoint speaks for one store at a time: the one that was there before is there no longer.
         nodes.iter().filter(|it| it.endpoint() == endpoint && it.name() != told.name).for_each(|it| {
@@ -179,7 +223,7 @@ impl Inner {
                 return;
             }
         }
-        let bulk = match dial(endpoint, &self.connect) {
+        let bulk = match Bulk::dial(endpoint, &self.connect) {
             Ok(bulk) => bulk,
             Err(error) => return tracing::warn!(endpoint, %error, "a store cannot be dialled"),
         };
@@ -209,6 +253,7 @@ impl Inner {
     /// Forgets stores whose endpoints are not asked any more.
     pub(crate) fn retain(&self, asked: impl Fn(&str) -> bool) {
         self.nodes.write().retain(|node| asked(node.endpoint()));
+        self.asked.lock().retain(|endpoint, _| asked(endpoint) || self.seeds.contains(endpoint));
     }
 
     fn count(&self) {

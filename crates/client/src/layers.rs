@@ -2,6 +2,7 @@
 
 use crate::chunk::Whole;
 use crate::metrics;
+use bytes::Bytes;
 use cacheclip_chunk::container::{parse_ids, parse_rank, parse_spans};
 use cacheclip_chunk::{ByteSpan, FormatError, Head, SegmentKind};
 use cacheclip_rpc::v1::{MissReason, Tier};
@@ -21,8 +22,8 @@ pub struct LayerKv {
     /// Which layer.
     pub layer: u32,
     /// K `[kv_heads, tokens, head_dim]` before RoPE, then V of the same shape; little-endian elements of the
-    /// head's dtype.
-    pub data: Vec<u8>,
+    /// head's dtype. Not aligned for them.
+    pub data: Bytes,
 }
 
 /// What comes of one chunk, in this order: its head; its spans, rank and ids where it has them and the store sends
@@ -96,19 +97,19 @@ pub(crate) enum Pending {
 impl Pending {
     /// Starts the verification and decoding of a segment.
     pub(crate) fn decode(chunk: usize, whole: Whole) -> Self {
-        Self::Decoding { chunk, work: tokio::task::spawn_blocking(move || decode(chunk, &whole)) }
+        Self::Decoding { chunk, work: tokio::task::spawn_blocking(move || decode(chunk, whole)) }
     }
 }
 
-fn decode(chunk: usize, whole: &Whole) -> Result<Item, FormatError> {
+pub(crate) fn decode(chunk: usize, whole: Whole) -> Result<Item, FormatError> {
     let Whole { head, index, stored } = whole;
-    let data = head.decode_segment(*index, stored)?;
-    let entry = &head.segments()[*index];
+    let data = head.decode_shared(index, stored.join())?;
+    let entry = &head.segments()[index];
     Ok(match entry.kind {
         SegmentKind::Layer => Item::Layer(LayerKv { chunk, layer: entry.layer, data }),
-        SegmentKind::Spans => Item::Spans { chunk, spans: parse_spans(*index, &data)? },
+        SegmentKind::Spans => Item::Spans { chunk, spans: parse_spans(index, &data)? },
         SegmentKind::Rank => {
-            let (version, ranks) = parse_rank(*index, data)?;
+            let (version, ranks) = parse_rank(index, data.into())?;
             Item::Rank { chunk, version, ranks }
         }
         SegmentKind::Ids => Item::Ids { chunk, ids: parse_ids(&data) },

@@ -9,6 +9,9 @@
 //! computing of its chunks. A chunk that its keeper does not have, but another store does, is read there and copied
 //! to its keeper behind the read.
 //!
+//! What is deleted stays deleted: [`StoreClient::begin`] is a client for one request, and what that request writes is
+//! refused where the chunk was deleted after the request learnt that it is missing.
+//!
 //! ```no_run
 //! # async fn read(layout: cacheclip_chunk::LayoutId, keys: &[cacheclip_chunk::ChunkKey]) -> Result<(), cacheclip_client::Error> {
 //! use cacheclip_client::{Item, StoreClient};
@@ -30,6 +33,7 @@
 //! ```text
 //! StoreClient ── fetch: layers from all stores ── read: from one store ── chunk: one chunk's frames
 //!    │           whole: containers    find: which store has a chunk    calls: one call at one store
+//!    ├── document: claims on chunks, deletion at all stores         since: what stores had deleted
 //!    ├── fleet: the live stores, who keeps what ── placement
 //!    │     └─ membership (task): asks who is there      node: one store's connections and standing
 //!    ├── moves (task): copies to the keeper
@@ -39,9 +43,12 @@
 mod calls;
 mod chunk;
 mod client;
+mod document;
 mod fetch;
 mod find;
 mod fleet;
+#[doc(hidden)]
+pub mod fuzz;
 mod layers;
 mod membership;
 pub mod metrics;
@@ -51,13 +58,17 @@ mod options;
 pub mod placement;
 mod publisher;
 mod read;
+mod since;
 mod whole;
 
 pub use cacheclip_rpc::v1::put_response::Outcome;
-pub use client::{Deleted, Located, StoreClient};
+pub use cacheclip_rpc::v1::{Hold, TierDeletion};
+pub use client::{Deleted, Located, StoreClient, Terms};
+pub use document::DocumentDeletion;
 pub use layers::{Item, LayerKv, LayerStream};
 pub use options::Options;
 pub use publisher::{OUTCOMES, Publisher};
+pub use since::Since;
 pub use whole::Containers;
 
 /// Why a write or delete did not happen, or a client could not be made.

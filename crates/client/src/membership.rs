@@ -105,6 +105,9 @@ impl Rounds {
                         // A name server that does not answer takes nobody away.
                         Err(error) => tracing::debug!(seed, %error, "stores cannot be looked up"),
                     }
+                    if seed.starts_with("dns+") {
+                        fleet.looked_up(&seed, self.addresses.contains_key(&seed));
+                    }
                     for endpoint in self.addresses.get(&seed).cloned().unwrap_or_default() {
                         self.name(fleet, &mut round, endpoint);
                     }
@@ -134,6 +137,7 @@ impl Rounds {
         if !round.asked.insert(endpoint.clone()) {
             return;
         }
+        fleet.asks(&endpoint);
         let client = match self.known.get(&endpoint) {
             Some(known) => known.client.clone(),
             None => match dial(&endpoint, &fleet.connect) {
@@ -159,6 +163,7 @@ impl Rounds {
         if let Some(known) = self.known.get_mut(endpoint) {
             known.heard = Instant::now();
             fleet.answered(endpoint, &node, &known.client);
+            fleet.counts(&node.name, answer.generation);
         }
         if !answer.index_unavailable.is_empty() {
             tracing::debug!(

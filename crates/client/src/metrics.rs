@@ -30,7 +30,7 @@ pub fn describe() {
     describe_histogram!(
         CALL_SECONDS,
         Unit::Seconds,
-        "One lookup, get (to its first word), put or delete at one store, by method"
+        "One call at one store, by method; of a get the time to its first word"
     );
     describe_counter!(
         VERIFY_FAILURES,
@@ -43,7 +43,7 @@ pub fn describe() {
     describe_counter!(
         MOVES,
         "Chunks found at another store than the one that keeps them, by outcome of their copy: stored, existed, \
-         no_room, dropped, failed"
+         no_room, deleted (meanwhile), dropped, failed"
     );
     counter!(VERIFY_FAILURES, "where" => "wire").increment(0);
     counter!(RETRIES).increment(0);

@@ -6,7 +6,8 @@
 use crate::fleet::Fleet;
 use crate::node::Node;
 use crate::publisher::label;
-use crate::{Options, metrics};
+use crate::since::Since;
+use crate::{Options, Terms, metrics};
 use cacheclip_chunk::{ChunkKey, Head, LayoutId};
 use cacheclip_rpc::v1::Tier;
 use cacheclip_service::seconds;
@@ -25,6 +26,8 @@ pub(crate) struct Move {
     pub(crate) tier: Tier,
     /// The store that has it.
     pub(crate) from: Arc<Node>,
+    /// What the keeper had deleted when it said that it lacks the chunk.
+    pub(crate) since: Since,
 }
 
 /// Handle to the copying task, which ends with the last of them. Cheap to clone.
@@ -63,13 +66,13 @@ impl Mover {
 }
 
 async fn carry(fleet: &Fleet, options: &Options, next: &Move) -> &'static str {
-    let Move { layout, key, bytes, tier, from } = next;
+    let Move { layout, key, bytes, tier, from, since } = next;
     // Who keeps it may have changed since it was queued.
     let Some(keeper) = fleet.view().keeper(key).map(Arc::clone) else { return "failed" };
     if keeper.name() == from.name() {
         return "existed";
     }
-    let get = fleet.get(from, *layout, key, (*bytes, *tier), options);
+    let get = fleet.get(from, *layout, key, (*bytes, *tier), (options, since));
     let Ok(Ok(container)) = tokio::time::timeout(seconds(options.put_timeout_seconds), get).await else {
         return "failed";
     };
@@ -78,5 +81,6 @@ async fn carry(fleet: &Fleet, options: &Options, next: &Move) -> &'static str {
     if head.key() != *key || head.layout() != *layout {
         return "failed";
     }
-    label(&fleet.put(&keeper, &head, container, options).await)
+    let terms = Terms { hold: None, since: since.clone() };
+    label(&fleet.put(&keeper, &head, container, (options, &terms)).await)
 }

@@ -4,12 +4,13 @@ use crate::placement::Seat;
 use cacheclip_rpc::v1::cache_client::CacheClient;
 use cacheclip_service::{ConnectOptions, connect};
 use parking_lot::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
 /// Largest message a store may send: a frame is at most 1 MiB, a head somewhat less.
-const MAX_MESSAGE: usize = 4 << 20;
+pub(crate) const MAX_MESSAGE: usize = 4 << 20;
 /// How long a store that fails again and again is left alone although it says that it is there: the first time,
 /// doubled each time, and at most.
 const FIRST_BAR: Duration = Duration::from_secs(1);
@@ -35,9 +36,11 @@ pub(crate) struct Node {
     endpoint: String,
     at_home: bool,
     pub(crate) control: CacheClient<Channel>,
-    pub(crate) bulk: CacheClient<Channel>,
+    pub(crate) bulk: Bulk,
     standing: watch::Sender<Standing>,
     slow: Mutex<Slow>,
+    /// Its count of deletions as it was last heard; 0 before.
+    generation: AtomicU64,
 }
 
 /// A store that answers small questions and finishes no call: a disk that hangs, say.
@@ -46,6 +49,22 @@ struct Slow {
     /// Calls in a row that it did not finish in time.
     times: u32,
     barred: Option<Instant>,
+}
+
+/// A connection for bulk: calls, and the channel itself for reads that copy nothing.
+#[derive(Clone, Debug)]
+pub(crate) struct Bulk {
+    pub(crate) calls: CacheClient<Channel>,
+    pub(crate) channel: Channel,
+}
+
+impl Bulk {
+    /// On a channel of its own to `endpoint`.
+    pub(crate) fn dial(endpoint: &str, options: &ConnectOptions) -> Result<Self, cacheclip_service::Error> {
+        let channel = connect(endpoint, options)?;
+        let calls = CacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
+        Ok(Self { calls, channel })
+    }
 }
 
 /// A client on a channel of its own to `endpoint`.
@@ -63,11 +82,12 @@ impl Node {
         endpoint: &str,
         at_home: bool,
         control: CacheClient<Channel>,
-        bulk: CacheClient<Channel>,
+        bulk: Bulk,
     ) -> Self {
         let standing = watch::Sender::new(Standing::Lost);
         let seat = Seat::new(name);
-        Self { seat, endpoint: endpoint.to_owned(), at_home, control, bulk, standing, slow: Mutex::default() }
+        let (endpoint, slow) = (endpoint.to_owned(), Mutex::default());
+        Self { seat, endpoint, at_home, control, bulk, standing, slow, generation: AtomicU64::new(0) }
     }
 
     pub(crate) fn seat(&self) -> &Seat {
@@ -84,6 +104,18 @@ impl Node {
 
     pub(crate) fn at_home(&self) -> bool {
         self.at_home
+    }
+
+    /// Its count of deletions as it was last heard; 0 where it was not.
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
+    }
+
+    /// It said its count of deletions. Words that overtake one another may lower it: that refuses more, never less.
+    pub(crate) fn counts(&self, generation: u64) {
+        if generation > 0 {
+            self.generation.store(generation, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn standing(&self) -> Standing {
@@ -154,8 +186,10 @@ mod tests {
     use futures::FutureExt as _;
 
     fn node() -> Node {
-        let client = || dial("http://127.0.0.1:9", &ConnectOptions::default()).expect("a sound endpoint");
-        Node::new("store", "http://127.0.0.1:9", true, client(), client())
+        let (endpoint, options) = ("http://127.0.0.1:9", ConnectOptions::default());
+        let control = dial(endpoint, &options).expect("a sound endpoint");
+        let bulk = Bulk::dial(endpoint, &options).expect("a sound endpoint");
+        Node::new("store", endpoint, true, control, bulk)
     }
 
     #[tokio::test]

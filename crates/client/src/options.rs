@@ -14,6 +14,8 @@ pub struct Options {
     pub silence_seconds: f64,
     /// Longest time a put may take.
     pub put_timeout_seconds: f64,
+    /// Longest time one store may take to delete a document.
+    pub delete_timeout_seconds: f64,
     /// How often a read that broke off is tried again, for what it had not brought yet.
     pub retries: u32,
     /// Pause before the first retry; doubled for each further one.
@@ -35,6 +37,7 @@ impl Default for Options {
             call_timeout_seconds: 2.0,
             silence_seconds: 5.0,
             put_timeout_seconds: 60.0,
+            delete_timeout_seconds: 20.0,
             retries: 2,
             backoff_seconds: 0.02,
             decode_ahead: 4,

@@ -5,17 +5,19 @@ use crate::chunk::Arrival;
 use crate::fetch::final_reason;
 use crate::fleet::Fleet;
 use crate::layers::{Item, Pending};
-use crate::node::Node;
+use crate::node::{MAX_MESSAGE, Node};
+use crate::since::Since;
 use crate::{Options, metrics};
 use cacheclip_chunk::{ChunkKey, LayoutId};
 use cacheclip_rpc::convert::id_bytes;
+use cacheclip_rpc::stream::{self, Frames};
 use cacheclip_rpc::v1::{GetLayersRequest, KvFrame, MissReason, Segment, Tier, kv_frame};
 use cacheclip_service::request_id::outgoing;
 use cacheclip_service::seconds;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
-use tonic::{Request, Status, Streaming};
+use tonic::{Request, Status};
 
 /// Where to read, and what.
 pub(crate) struct Source<'a> {
@@ -26,6 +28,8 @@ pub(crate) struct Source<'a> {
     pub(crate) keys: &'a [ChunkKey],
     pub(crate) range: Range<u32>,
     pub(crate) options: &'a Options,
+    /// Hears what the store says of its deletions.
+    pub(crate) since: &'a Since,
 }
 
 /// A chunk that the store does not have, although it answers.
@@ -177,8 +181,8 @@ impl<'a> Reader<'a> {
             end_layer: self.source.range.end,
         };
         asked.iter().for_each(|&at| self.readings[at].arrival.restart());
-        let mut client = self.source.node.bulk.clone();
-        let call = client.get_layers(outgoing(Request::new(request)));
+        let channel = self.source.node.bulk.channel.clone();
+        let call = stream::get_layers(channel, outgoing(Request::new(request)), MAX_MESSAGE);
         let mut frames = match self.wait(call).await {
             Ok(answer) => answer.into_inner(),
             Err(ended) => return ended,
@@ -200,7 +204,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    async fn next(&self, frames: &mut Streaming<KvFrame>) -> Result<Option<KvFrame>, Ended> {
+    async fn next(&self, frames: &mut Frames) -> Result<Option<KvFrame>, Ended> {
         self.wait(frames.message()).await
     }
 
@@ -217,6 +221,7 @@ impl<'a> Reader<'a> {
 
     async fn take(&mut self, at: usize, frame: KvFrame) -> Result<(), Gone> {
         let tier = frame.tier();
+        self.source.since.told(self.source.node, frame.generation);
         if self.readings[at].arrival.over {
             return Ok(());
         }

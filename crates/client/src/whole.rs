@@ -3,6 +3,7 @@
 use crate::find::{At, Finder};
 use crate::fleet::Fleet;
 use crate::moves::{Move, Mover};
+use crate::since::Since;
 use crate::{Options, metrics};
 use cacheclip_chunk::{ChunkKey, Container, LayoutId};
 use cacheclip_rpc::v1::MissReason;
@@ -34,11 +35,12 @@ pub(crate) fn start(
     fleet: Fleet,
     mover: Mover,
     options: Arc<Options>,
+    since: Since,
     layout: LayoutId,
     keys: Vec<ChunkKey>,
 ) -> Containers {
     let (outbox, inbox) = mpsc::channel(AHEAD);
-    let whole = Whole { fleet, mover, options, layout, keys };
+    let whole = Whole { fleet, mover, options, since, layout, keys };
     let reading = async move {
         tokio::select! {
             () = whole.run(&outbox) => {}
@@ -55,6 +57,7 @@ struct Whole {
     fleet: Fleet,
     mover: Mover,
     options: Arc<Options>,
+    since: Since,
     layout: LayoutId,
     keys: Vec<ChunkKey>,
 }
@@ -62,7 +65,7 @@ struct Whole {
 impl Whole {
     async fn run(&self, outbox: &Outbox) {
         self.fleet.met(seconds(self.options.call_timeout_seconds)).await;
-        let finder = Finder::new(&self.fleet, &self.options, self.layout, &self.keys);
+        let finder = Finder::new(&self.fleet, &self.options, self.layout, &self.keys, &self.since);
         let groups = finder.groups();
         if groups.is_empty() {
             metrics::nowhere(self.keys.len());
@@ -91,7 +94,8 @@ impl Whole {
 
     async fn read(&self, key: ChunkKey, at: &At) -> Result<Container, MissReason> {
         let (bytes, tier) = (at.bytes, at.tier);
-        let container = self.fleet.get(&at.node, self.layout, &key, (bytes, tier), &self.options).await?;
+        let asked = (&*self.options, &self.since);
+        let container = self.fleet.get(&at.node, self.layout, &key, (bytes, tier), asked).await?;
         let announced = |it: &Container| {
             it.hash() == at.container && it.head().key() == key && it.head().layout() == self.layout
         };
@@ -102,7 +106,8 @@ impl Whole {
         };
         let keeper = self.fleet.view().keeper(&key).map(Arc::clone);
         if keeper.is_some_and(|keeper| keeper.name() != at.node.name()) {
-            self.mover.offer(Move { layout: self.layout, key, bytes, tier, from: Arc::clone(&at.node) });
+            let (from, since) = (Arc::clone(&at.node), self.since.clone());
+            self.mover.offer(Move { layout: self.layout, key, bytes, tier, from, since });
         }
         Ok(container)
     }

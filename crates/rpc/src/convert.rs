@@ -59,6 +59,8 @@ impl Tier {
             Self::WorkerRam => "worker_ram",
             Self::StoreRam => "store_ram",
             Self::StoreDisk => "store_disk",
+            Self::StoreBucket => "store_bucket",
+            Self::ScorerRam => "scorer_ram",
             Self::Computed => "computed",
         }
     }
@@ -77,6 +79,7 @@ impl MissReason {
             Self::Unavailable => "unavailable",
             Self::Deleted => "deleted",
             Self::Cost => "cost",
+            Self::Expired => "expired",
         }
     }
 }
@@ -105,11 +108,11 @@ mod tests {
 
     #[test]
     fn labels_are_the_protocols_names() {
-        for value in 0..=4 {
+        for value in 0..=6 {
             let tier = Tier::try_from(value).expect("a tier");
             assert_eq!(tier.as_str_name(), format!("TIER_{}", tier.label().to_uppercase()));
         }
-        for value in 0..=8 {
+        for value in 0..=9 {
             let reason = MissReason::try_from(value).expect("a reason");
             assert_eq!(reason.as_str_name(), format!("MISS_REASON_{}", reason.label().to_uppercase()));
         }

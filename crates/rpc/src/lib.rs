@@ -1,7 +1,12 @@
-//! Generated protocol code, conversions and the mapping of errors to gRPC status.
+//! Generated protocol code, conversions, streams of KV that copy none of it, and the mapping of errors to gRPC status.
 
 pub mod convert;
+pub mod deletion;
+mod frames;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod status;
+pub mod stream;
 
 /// Messages, clients and servers of `cacheclip.v1`, as generated from `proto/`.
 pub mod v1 {

@@ -5,8 +5,9 @@ use crate::options::seconds;
 use serde::{Deserialize, Serialize};
 use tonic::transport::{Channel, Endpoint};
 
-/// KV travels in messages of up to a megabyte: with hyper's frames of 16 KiB each would be cut in 64.
-pub(crate) const FRAME_BYTES: u32 = 1 << 20;
+/// KV travels in pieces of up to 1 MiB, in messages a little longer: with hyper's frames of 16 KiB each would be cut in
+/// 64, and with frames of just 1 MiB each would leave a crumb behind.
+pub(crate) const FRAME_BYTES: u32 = (1 << 20) + (16 << 10);
 /// Windows must cover bandwidth times delay, or a bulk stream waits for window updates.
 pub(crate) const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 /// Several bulk streams share one connection.

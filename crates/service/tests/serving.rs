@@ -49,6 +49,13 @@ impl Gateway for Puppet {
         Err(Status::unimplemented("not here"))
     }
 
+    async fn delete_document(
+        &self,
+        _: Request<cacheclip_rpc::v1::DeleteIngestedRequest>,
+    ) -> Result<Response<cacheclip_rpc::v1::DeletionReceipt>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
     async fn get_capabilities(
         &self,
         _: Request<GetCapabilitiesRequest>,

@@ -3,12 +3,13 @@
 use crate::auxiliary::{Auxiliary, Chunk, Error};
 use crate::identity::Digest;
 use crate::metrics;
+use crate::ram::{Mark, Ram};
 use crate::stores::{Lacking, Stores};
+use cacheclip_chunk::{ChunkKey, DocumentId};
+use cacheclip_client::Since;
+use cacheclip_rpc::deletion;
 use cacheclip_rpc::status::invalid;
-use cacheclip_rpc::v1;
-use cacheclip_service::residency;
-use quick_cache::Weighter;
-use quick_cache::sync::Cache;
+use cacheclip_rpc::v1::{self, Hold, HolderDeletion};
 use std::collections::{HashMap, HashSet};
 use tonic::Status;
 
@@ -29,28 +30,34 @@ pub(crate) fn asked(chunks: Vec<v1::ScoreChunk>) -> Result<Vec<Asked>, Status> {
     chunks.into_iter().enumerate().map(check).collect()
 }
 
-#[derive(Clone, Debug)]
-struct ByBytes;
-
-impl Weighter<Digest, Chunk> for ByBytes {
-    fn weight(&self, _: &Digest, chunk: &Chunk) -> u64 {
-        (chunk.kv.bytes() + chunk.spans.len() * 12 + 128) as u64
-    }
-}
-
 /// What has been found of a request's chunks, in their order.
 #[derive(Debug)]
 pub(crate) struct Gathered {
     chunks: Vec<Option<Chunk>>,
     /// Indices of chunks that were not in RAM, ascending.
     pub(crate) cold: Vec<u32>,
+    began: Began,
+}
+
+/// What had been deleted when a request began: nothing of it comes back by what the request computes.
+#[derive(Clone, Debug)]
+pub(crate) struct Began {
+    /// From this process's RAM.
+    mark: Mark,
+    /// From the stores.
+    since: Since,
 }
 
 /// What an ingest has to do for its chunks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Work {
+    pub(crate) began: Began,
+    /// The stores, for this request.
+    stores: Option<Stores>,
     /// Chunks that are there already, wherever.
     pub(crate) cached: usize,
+    /// Of these, those that nobody stores again and that have to be claimed.
+    claim: Vec<Digest>,
     /// Indices of chunks whose text is needed.
     pub(crate) need_text: Vec<u32>,
     /// Chunks to compute.
@@ -63,30 +70,36 @@ pub(crate) struct Work {
 #[derive(Debug)]
 pub(crate) struct Chunks {
     pub(crate) auxiliary: Auxiliary,
-    cache: Cache<Digest, Chunk, ByBytes>,
+    ram: Ram,
     stores: Option<Stores>,
 }
 
 impl Chunks {
     /// Keeps at most `bytes` in RAM.
     pub(crate) fn new(auxiliary: Auxiliary, bytes: u64, stores: Option<Stores>) -> Self {
-        // The estimate sizes bookkeeping only: a quarter of a megabyte per chunk.
-        let chunks = usize::try_from(bytes >> 18).unwrap_or(usize::MAX).clamp(64, 1 << 20);
-        Self { auxiliary, cache: Cache::with_weighter(chunks, bytes, ByBytes), stores }
+        Self { auxiliary, ram: Ram::new(bytes), stores }
+    }
+
+    /// A request begins; the stores for it.
+    fn begin(&self) -> (Began, Option<Stores>) {
+        let stores = self.stores.as_ref().map(Stores::begin);
+        let since = stores.as_ref().map(Stores::since).unwrap_or_default();
+        (Began { mark: self.ram.mark(), since }, stores)
     }
 
     /// What RAM holds, in announcements' short form.
     pub(crate) fn held(&self) -> Vec<u64> {
-        self.cache.iter().map(|(digest, _)| residency::short(&digest)).collect()
+        self.ram.held()
     }
 
     /// What is in RAM and, of the rest, what the stores have within their time. Chunks that came with their text are
     /// computed instead: they come so because the stores were asked before.
     pub(crate) async fn find(&self, asked: &[Asked]) -> Gathered {
-        let mut chunks: Vec<Option<Chunk>> = asked.iter().map(|it| self.cache.get(&it.digest)).collect();
+        let (began, stores) = self.begin();
+        let mut chunks: Vec<Option<Chunk>> = asked.iter().map(|it| self.ram.get(&it.digest)).collect();
         metrics::chunks("cached", chunks.iter().flatten().count());
         let mut cold = Vec::new();
-        if let Some(stores) = &self.stores {
+        if let Some(stores) = &stores {
             let absent = chunks.iter().zip(asked).filter(|(chunk, it)| chunk.is_none() && it.text.is_none());
             let absent: HashSet<Digest> = absent.map(|(_, it)| it.digest).collect();
             if !absent.is_empty() {
@@ -99,12 +112,11 @@ impl Chunks {
                         cold.push(index as u32);
                     }
                 }
-                loaded.into_iter().for_each(|(digest, chunk)| self.cache.insert(digest, chunk));
+                loaded.into_iter().for_each(|(digest, chunk)| self.ram.insert(digest, chunk, began.mark));
             }
         }
         metrics::chunks("loaded", cold.len());
-        metrics::cache(self.cache.weight());
-        Gathered { chunks, cold }
+        Gathered { chunks, cold, began }
     }
 
     /// All chunks, in order: what was not found is computed from text and stored behind.
@@ -122,9 +134,9 @@ impl Chunks {
                 *chunk = Some(known.clone());
                 continue;
             }
-            let made = self.compute(it)?;
+            let made = self.compute(it, &gathered.began)?;
             if let Some(stores) = &self.stores {
-                stores.write_behind(it.digest, made.clone());
+                stores.write_behind(gathered.began.since.clone(), it.digest, made.clone());
             }
             computed.insert(it.digest, made.clone());
             *chunk = Some(made);
@@ -134,28 +146,37 @@ impl Chunks {
     }
 
     /// Computes a chunk and keeps it in RAM.
-    pub(crate) fn compute(&self, asked: &Asked) -> Result<Chunk, Error> {
+    pub(crate) fn compute(&self, asked: &Asked, began: &Began) -> Result<Chunk, Error> {
         let text = asked.text.as_deref().ok_or_else(|| Error::Invalid {
             field: "chunks",
             why: "a chunk has no text; send it where the scorer asks for it".into(),
         })?;
         let chunk = self.auxiliary.chunk(text)?;
-        self.cache.insert(asked.digest, chunk.clone());
+        self.ram.insert(asked.digest, chunk.clone(), began.mark);
         metrics::chunks("computed", 1);
-        metrics::cache(self.cache.weight());
         Ok(chunk)
     }
 
     /// What there is to do so that these chunks are kept and stored.
     pub(crate) async fn plan(&self, asked: Vec<Asked>) -> Work {
         let digests: Vec<Digest> = asked.iter().map(|it| it.digest).collect();
-        let lacking = match &self.stores {
+        let (began, stores) = self.begin();
+        let lacking = match &stores {
             Some(stores) => stores.lacking(&digests).await,
             None => vec![Lacking::Unknown; digests.len()],
         };
-        let (mut work, mut seen) = (Work::default(), HashSet::new());
+        let mut seen = HashSet::new();
+        let mut work = Work {
+            began,
+            stores,
+            cached: 0,
+            claim: Vec::new(),
+            need_text: Vec::new(),
+            compute: Vec::new(),
+            restore: Vec::new(),
+        };
         for (index, (it, lacking)) in asked.into_iter().zip(lacking).enumerate() {
-            let kept = self.cache.get(&it.digest);
+            let kept = self.ram.get(&it.digest);
             match (kept, it.text.is_some()) {
                 (None, false) if lacking != Lacking::No => work.need_text.push(index as u32),
                 (None, true) if lacking != Lacking::No && seen.insert(it.digest) => work.compute.push(it),
@@ -163,7 +184,10 @@ impl Chunks {
                     work.cached += 1;
                     work.restore.push((it.digest, chunk));
                 }
-                _ => work.cached += 1,
+                _ => {
+                    work.cached += 1;
+                    work.claim.push(it.digest);
+                }
             }
         }
         metrics::chunks("cached", work.cached);
@@ -171,11 +195,37 @@ impl Chunks {
         work
     }
 
-    /// Stores chunks; ends when the stores have answered, or do not.
-    pub(crate) async fn store(&self, chunks: Vec<(Digest, Chunk)>) {
-        if let Some(stores) = &self.stores {
-            stores.write(chunks).await;
-        }
+    /// Has the stores delete a document and forgets what went. Without stores nobody knows which chunks are the
+    /// document's: all of them go.
+    pub(crate) async fn delete_document(&self, document: &DocumentId) -> HolderDeletion {
+        let Some(stores) = &self.stores else {
+            return HolderDeletion { tiers: vec![self.ram.forget(|_| true)], ..HolderDeletion::default() };
+        };
+        let deleted = stores.delete_document(document).await;
+        let keys: HashSet<ChunkKey> = deleted.keys.iter().copied().collect();
+        let forgotten = self.ram.forget(|digest| stores.names(&keys, digest));
+        let mut tiers = deleted.tiers;
+        deletion::add(&mut tiers, &forgotten);
+        HolderDeletion { generation: deleted.generation, tiers, kept: deleted.kept, pending: deleted.pending }
+    }
+}
+
+impl Work {
+    /// Stores what was computed and what the stores have lost, and claims all of it for the document that `hold` names;
+    /// ends when the stores have answered, or do not.
+    ///
+    /// # Errors
+    /// A claim that no store has recorded: a document must not be thought deletable that is not.
+    pub(crate) async fn store(
+        mut self,
+        made: Vec<(Digest, Chunk)>,
+        hold: Option<&Hold>,
+    ) -> Result<(), cacheclip_client::Error> {
+        let Some(stores) = self.stores.take() else { return Ok(()) };
+        let unclaimed = stores.write(made.into_iter().chain(self.restore).collect(), hold).await;
+        let Some(hold) = hold else { return Ok(()) };
+        self.claim.extend(unclaimed);
+        stores.hold(&self.claim, hold).await
     }
 }
 

@@ -4,8 +4,11 @@ use crate::auxiliary::{Auxiliary, Error, Mode};
 use crate::gather::{Asked, Chunks, asked};
 use crate::metrics;
 use crate::stores::Stores;
+use cacheclip_chunk::DocumentId;
+use cacheclip_rpc::convert;
 use cacheclip_rpc::status::{exhausted, invalid, unavailable};
 use cacheclip_rpc::v1;
+use cacheclip_service::request_id;
 use cacheclip_service::residency::{Announcer, Load};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -93,7 +96,11 @@ impl v1::scorer_server::Scorer for Service {
         &self,
         request: Request<v1::PrepareRequest>,
     ) -> Result<Response<v1::PrepareResponse>, Status> {
-        let asked = asked(request.into_inner().chunks)?;
+        let v1::PrepareRequest { chunks, hold } = request.into_inner();
+        if let Some(hold) = &hold {
+            convert::id::<DocumentId>("hold.document", &hold.document)?;
+        }
+        let asked = asked(chunks)?;
         let waiting = self.0.enter()?;
         let mut work = self.0.chunks.plan(asked).await;
         let compute = std::mem::take(&mut work.compute);
@@ -101,17 +108,35 @@ impl v1::scorer_server::Scorer for Service {
         if compute.is_empty() {
             drop(waiting);
         } else {
+            let began = work.began.clone();
             let all = move |shared: &Shared| {
-                let one = |it: &Asked| Ok((it.digest, shared.chunks.compute(it).map_err(to_status)?));
+                let one = |it: &Asked| Ok((it.digest, shared.chunks.compute(it, &began).map_err(to_status)?));
                 compute.iter().map(one).collect::<Result<Vec<_>, Status>>()
             };
             made = self.0.run(waiting, all).await?;
         }
         let computed = made.len() as u32;
+        let (cached, need_text) = (work.cached as u32, std::mem::take(&mut work.need_text));
         // Ingest promises that what it reports is stored; nobody waits for an answer meanwhile.
-        self.0.chunks.store(made.into_iter().chain(work.restore).collect()).await;
-        let (cached, need_text) = (work.cached as u32, work.need_text);
+        work.store(made, hold.as_ref()).await.map_err(|error| {
+            unavailable(format_args!(
+                "the stores cannot record the document's claim on its chunks: {error}; send it again"
+            ))
+        })?;
         Ok(Response::new(v1::PrepareResponse { computed, cached, need_text }))
+    }
+
+    async fn delete_document(
+        &self,
+        request: Request<v1::DeleteDocumentRequest>,
+    ) -> Result<Response<v1::HolderDeletion>, Status> {
+        let document = convert::id("document", &request.into_inner().document)?;
+        // Whoever asked may go away: what the stores have deleted must be forgotten here all the same.
+        let shared = Arc::clone(&self.0);
+        let deleting = request_id::spawn(async move { shared.chunks.delete_document(&document).await });
+        let deletion =
+            deleting.await.map_err(|error| Status::internal(format!("deleting failed: {error}")))?;
+        Ok(Response::new(deletion))
     }
 
     type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;

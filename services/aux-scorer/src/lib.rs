@@ -15,6 +15,7 @@ mod grpc;
 mod identity;
 pub mod metrics;
 mod options;
+mod ram;
 mod stores;
 
 pub use options::Options;

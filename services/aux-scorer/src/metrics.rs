@@ -6,6 +6,7 @@ const LATENCY: &str = "cacheclip_scorer_latency_seconds";
 const CHUNKS: &str = "cacheclip_scorer_chunks_total";
 const CACHE: &str = "cacheclip_scorer_cache_used_bytes";
 const WRITES: &str = "cacheclip_scorer_writes_total";
+const FORGOTTEN: &str = "cacheclip_scorer_forgotten_chunks_total";
 
 /// How a chunk's auxiliary KV was had: from RAM, from a store, from text; or neither of these.
 pub const RESULTS: [&str; 4] = ["cached", "loaded", "computed", "text_needed"];
@@ -20,8 +21,10 @@ pub fn describe() {
     describe_gauge!(CACHE, Unit::Bytes, "Auxiliary chunk KV in RAM");
     describe_counter!(
         WRITES,
-        "Auxiliary KV offered to the stores, by outcome: stored, existed, no_room, dropped, failed"
+        "Auxiliary KV offered to the stores, by outcome: stored, existed, no_room, deleted (meanwhile), dropped, failed"
     );
+    describe_counter!(FORGOTTEN, "Chunks that went from the scorer's RAM because a document was deleted");
+    counter!(FORGOTTEN).increment(0);
     RESULTS.iter().for_each(|&result| counter!(CHUNKS, "result" => result).increment(0));
     cacheclip_client::OUTCOMES
         .iter()
@@ -34,6 +37,10 @@ pub(crate) fn scored(seconds: f64) {
 
 pub(crate) fn chunks(result: &'static str, count: usize) {
     counter!(CHUNKS, "result" => result).increment(count as u64);
+}
+
+pub(crate) fn forgotten(chunks: usize) {
+    counter!(FORGOTTEN).increment(chunks as u64);
 }
 
 pub(crate) fn cache(bytes: u64) {

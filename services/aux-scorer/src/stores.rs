@@ -5,11 +5,11 @@
 use crate::auxiliary::Chunk;
 use crate::identity::{Digest, Identity};
 use crate::{Options, metrics};
-use cacheclip_chunk::{ChunkKey, Container};
-use cacheclip_client::{Located, Publisher, StoreClient};
-use cacheclip_rpc::v1::MissReason;
+use cacheclip_chunk::{ChunkKey, Container, DocumentId};
+use cacheclip_client::{DocumentDeletion, Located, Publisher, Since, StoreClient, Terms};
+use cacheclip_rpc::v1::{Hold, MissReason};
 use cacheclip_service::seconds;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -48,6 +48,11 @@ impl Stores {
         let client = StoreClient::connect_with(&options.stores, &options.connect, patience)?;
         let publisher = Publisher::start(client.clone(), options.write_queue, metrics::write);
         Ok(Some(Self { client, identity: Arc::new(identity), timeout: seconds(wait), publisher }))
+    }
+
+    /// A request begins: the same stores for it. What it writes must not bring back what is deleted meanwhile.
+    pub(crate) fn begin(&self) -> Self {
+        Self { client: self.client.begin(), ..self.clone() }
     }
 
     /// What the stores have of these chunks, within the time that a request may wait for them.
@@ -97,21 +102,55 @@ impl Stores {
     }
 
     /// Queues a chunk; see [`Publisher::write_behind`].
-    pub(crate) fn write_behind(&self, digest: Digest, chunk: Chunk) {
+    pub(crate) fn write_behind(&self, since: Since, digest: Digest, chunk: Chunk) {
         let identity = Arc::clone(&self.identity);
-        self.publisher.write_behind(self.identity.key(&digest), move || identity.encode(&digest, &chunk));
+        let terms = Terms { hold: None, since };
+        self.publisher
+            .write_behind(self.identity.key(&digest), terms, move || identity.encode(&digest, &chunk));
     }
 
-    /// Publishes chunks and waits until the stores have answered, or do not.
-    pub(crate) async fn write(&self, chunks: Vec<(Digest, Chunk)>) {
+    /// What had been deleted when this request began.
+    pub(crate) fn since(&self) -> Since {
+        self.client.since()
+    }
+
+    /// Publishes chunks, for a document where one is named, and waits until the stores have answered, or do not. The
+    /// chunks whose claim came to no store with that.
+    pub(crate) async fn write(&self, chunks: Vec<(Digest, Chunk)>, hold: Option<&Hold>) -> Vec<Digest> {
+        let mut unclaimed = Vec::new();
         for (digest, chunk) in chunks {
             let identity = Arc::clone(&self.identity);
-            let writing =
-                self.publisher.write(self.identity.key(&digest), move || identity.encode(&digest, &chunk));
-            if timeout(STORED, writing).await.is_err() {
-                tracing::warn!("stores are slow: auxiliary KV is stored behind its ingest");
+            let terms = Terms { hold: hold.cloned(), since: self.since() };
+            let writing = self
+                .publisher
+                .write(self.identity.key(&digest), terms, move || identity.encode(&digest, &chunk));
+            match timeout(STORED, writing).await {
+                Ok("no_room" | "failed" | "dropped") => unclaimed.push(digest),
+                Ok(_) => {}
+                // Its claim goes with it.
+                Err(_) => tracing::warn!("stores are slow: auxiliary KV is stored behind its ingest"),
             }
         }
+        unclaimed
+    }
+
+    /// Adds a document's claim to chunks that no put brings.
+    ///
+    /// # Errors
+    /// As [`StoreClient::hold`].
+    pub(crate) async fn hold(&self, digests: &[Digest], hold: &Hold) -> Result<(), cacheclip_client::Error> {
+        let keys: Vec<ChunkKey> = digests.iter().map(|digest| self.identity.key(digest)).collect();
+        self.client.hold(self.identity.layout(), &keys, hold).await
+    }
+
+    /// Has the stores delete a document.
+    pub(crate) async fn delete_document(&self, document: &DocumentId) -> DocumentDeletion {
+        self.client.delete_document(document).await
+    }
+
+    /// Whether a chunk's key is among these.
+    pub(crate) fn names(&self, keys: &HashSet<ChunkKey>, digest: &Digest) -> bool {
+        keys.contains(&self.identity.key(digest))
     }
 }
 

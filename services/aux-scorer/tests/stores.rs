@@ -4,7 +4,10 @@ use bytes::Bytes;
 use cacheclip_aux_scorer::Options;
 use cacheclip_rpc::v1::cache_client::CacheClient;
 use cacheclip_rpc::v1::scorer_client::ScorerClient;
-use cacheclip_rpc::v1::{PrepareRequest, ScoreChunk, ScoreRequest, ScoreResponse, StatRequest};
+use cacheclip_rpc::v1::{
+    DeleteDocumentRequest, Hold, HolderDeletion, PrepareRequest, ScoreChunk, ScoreRequest, ScoreResponse,
+    StatRequest, Tier,
+};
 use cacheclip_service::{ConnectOptions, Running, connect};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -54,9 +57,20 @@ impl Scorer {
 
     /// How many were computed, and how many were there; the indices whose text is needed.
     async fn prepare(&self, text: bool) -> (u32, u32, Vec<u32>) {
-        let request = PrepareRequest { chunks: chunks(text) };
+        self.prepare_for(chunks(text), None).await
+    }
+
+    /// The same of some chunks, for a document.
+    async fn prepare_for(&self, chunks: Vec<ScoreChunk>, document: Option<u8>) -> (u32, u32, Vec<u32>) {
+        let hold = document.map(|n| Hold { document: vec![n; 32].into(), ttl_seconds: 0 });
+        let request = PrepareRequest { chunks, hold };
         let reply = soon(self.client.clone().prepare(request)).await.expect("an answer").into_inner();
         (reply.computed, reply.cached, reply.need_text)
+    }
+
+    async fn delete(&self, document: u8) -> HolderDeletion {
+        let request = DeleteDocumentRequest { document: vec![document; 32].into(), ..Default::default() };
+        soon(self.client.clone().delete_document(request)).await.expect("an answer").into_inner()
     }
 }
 
@@ -156,10 +170,56 @@ async fn the_same_chunk_twice_is_computed_once() {
         let one = chunks(text)[0].clone();
         vec![one.clone(), one]
     };
-    let request = PrepareRequest { chunks: twice(true) };
+    let request = PrepareRequest { chunks: twice(true), hold: None };
     let reply = soon(scorer.client.clone().prepare(request)).await.expect("an answer").into_inner();
     assert_eq!((reply.computed, reply.cached), (1, 1));
     let request = ScoreRequest { chunks: twice(false), question: "what?".into(), ..Default::default() };
     let reply = soon(scorer.client.clone().score(request)).await.expect("an answer").into_inner();
     assert_eq!((reply.sets.len(), reply.cold.len()), (2, 0));
+}
+
+/// Chunks that went from a tier.
+fn gone(deletion: &HolderDeletion, tier: Tier) -> u32 {
+    deletion.tiers.iter().find(|it| it.tier() == tier).map_or(0, |it| it.objects)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_document_is_forgotten_with_the_stores_and_what_another_one_holds_is_not() {
+    let data = tempfile::tempdir().expect("a directory");
+    let store = store(data.path(), "127.0.0.1:0").await;
+    let scorer = Scorer::start(&[store.endpoint()], 30.0).await;
+    let (one, two) = (chunks(true)[..2].to_vec(), chunks(true)[1..].to_vec());
+    assert_eq!(scorer.prepare_for(one, Some(1)).await, (2, 0, vec![]));
+    // One of them is there already, and claimed all the same.
+    assert_eq!(scorer.prepare_for(two, Some(2)).await, (1, 1, vec![]));
+    let deletion = scorer.delete(1).await;
+    assert_eq!((deletion.kept, &deletion.pending), (1, &vec![]), "{deletion:?}");
+    assert_eq!((gone(&deletion, Tier::StoreDisk), gone(&deletion, Tier::ScorerRam)), (1, 1), "{deletion:?}");
+    assert_eq!(objects(&store).await, 2);
+    assert_eq!(scorer.score(false).await.need_text, [0], "neither RAM nor the store has the first");
+    assert_eq!(scorer.score(true).await.sets.len(), 3, "with its text it is scored again");
+    // Its claim on the second chunk is the last.
+    let deletion = scorer.delete(2).await;
+    assert_eq!((gone(&deletion, Tier::ScorerRam), deletion.kept), (2, 0), "{deletion:?}");
+    assert_eq!(scorer.score(false).await.need_text, [1, 2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_that_no_store_can_record_is_told_and_a_scorer_without_stores_forgets_everything() {
+    let data = tempfile::tempdir().expect("a directory");
+    let store = store(data.path(), "127.0.0.1:0").await;
+    let scorer = Scorer::start(&[store.endpoint()], 5.0).await;
+    scorer.score(true).await;
+    store.drain().await;
+    let hold = Some(Hold { document: vec![1; 32].into(), ttl_seconds: 0 });
+    let request = PrepareRequest { chunks: chunks(true), hold };
+    let refused = soon(scorer.client.clone().prepare(request)).await.expect_err("no store is there");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused}");
+    assert!(refused.message().contains("claim"), "{refused}");
+    assert_eq!(scorer.delete(1).await.pending.len(), 1, "the store may still have it");
+
+    let alone = Scorer::start(&[], 5.0).await;
+    alone.score(true).await;
+    assert_eq!(gone(&alone.delete(1).await, Tier::ScorerRam), 3);
+    assert_eq!(alone.score(false).await.need_text, [0, 1, 2]);
 }

@@ -1,12 +1,15 @@
-//! What is on disk, as known in memory: records, their order of use, bytes, and why others are gone.
+//! What is on disk, as known in memory: records, their order of use and their time, bytes, and why others are gone.
 
-use cacheclip_chunk::{ChunkKey, ContainerHash, LayoutId};
+use crate::clock::Clock;
+use crate::disk;
+use crate::journal::NEVER;
+use cacheclip_chunk::{ChunkKey, ContainerHash, Head, LayoutId};
 use cacheclip_rpc::v1::MissReason;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 
 /// Keys remembered after their object went; older ones count as never seen.
-const REMEMBERED: usize = 64 << 10;
+pub(crate) const REMEMBERED: usize = 64 << 10;
 
 /// One published object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +22,17 @@ pub(crate) struct Record {
     pub(crate) head_len: usize,
 }
 
+impl From<&Head> for Record {
+    fn from(head: &Head) -> Self {
+        Self {
+            layout: head.layout(),
+            hash: head.hash(),
+            bytes: head.container_len(),
+            head_len: head.bytes().len(),
+        }
+    }
+}
+
 /// Something whose file may be removed to make room.
 #[derive(Debug)]
 pub(crate) enum Victim {
@@ -28,13 +42,31 @@ pub(crate) enum Victim {
     Object(ChunkKey, u64),
 }
 
+/// A record, when it was last used, and its time.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    record: Record,
+    used_at: u64,
+    /// From then on it is not served.
+    expires: u64,
+    /// Until then it is not evicted; 0: it has no pin.
+    pinned: u64,
+}
+
 /// The catalogue. Bytes count as used from reservation until their file is gone, so that the cap holds at
 /// every moment and not just between operations.
 #[derive(Debug)]
 pub(crate) struct Catalogue {
-    records: HashMap<ChunkKey, (Record, u64)>,
+    clock: Clock,
+    slots: HashMap<ChunkKey, Slot>,
+    /// What may be evicted; what is pinned is not here.
     by_use: BTreeMap<u64, ChunkKey>,
-    clock: u64,
+    /// What expires, by when.
+    by_expiry: BTreeSet<(u64, ChunkKey)>,
+    /// What is pinned, by how long.
+    by_pin: BTreeSet<(u64, ChunkKey)>,
+    pinned_bytes: u64,
+    uses: u64,
     used: u64,
     capacity: u64,
     quarantined: VecDeque<(PathBuf, u64)>,
@@ -42,11 +74,15 @@ pub(crate) struct Catalogue {
 }
 
 impl Catalogue {
-    pub(crate) fn new(capacity: u64) -> Self {
+    pub(crate) fn new(capacity: u64, clock: Clock) -> Self {
         Self {
-            records: HashMap::new(),
+            clock,
+            slots: HashMap::new(),
             by_use: BTreeMap::new(),
-            clock: 0,
+            by_expiry: BTreeSet::new(),
+            by_pin: BTreeSet::new(),
+            pinned_bytes: 0,
+            uses: 0,
             used: 0,
             capacity,
             quarantined: VecDeque::new(),
@@ -54,13 +90,23 @@ impl Catalogue {
         }
     }
 
-    /// The record of a key, if its layout is the one asked for.
+    /// The record of a key, if its layout is the one asked for and its time is not over.
     pub(crate) fn find(&self, layout: LayoutId, key: &ChunkKey) -> Result<Record, MissReason> {
-        match self.records.get(key) {
-            Some((record, _)) if record.layout == layout => Ok(*record),
-            Some(_) => Err(MissReason::Layout),
+        match self.slots.get(key) {
+            Some(slot) if slot.record.layout != layout => Err(MissReason::Layout),
+            Some(slot) if self.is_over(slot) => Err(MissReason::Expired),
+            Some(slot) => Ok(slot.record),
             None => Err(self.gone.reason(key)),
         }
+    }
+
+    fn is_over(&self, slot: &Slot) -> bool {
+        slot.expires != NEVER && slot.expires <= self.clock.now()
+    }
+
+    /// Whether a key is here though its time is over.
+    pub(crate) fn has_expired(&self, key: &ChunkKey) -> bool {
+        self.slots.get(key).is_some_and(|slot| self.is_over(slot))
     }
 
     /// Why a key without a record has none.
@@ -68,38 +114,88 @@ impl Catalogue {
         self.gone.reason(key)
     }
 
+    /// The record of a key, whether or not its time is over.
     pub(crate) fn record(&self, key: &ChunkKey) -> Option<Record> {
-        self.records.get(key).map(|(record, _)| *record)
+        self.slots.get(key).map(|slot| slot.record)
     }
 
     pub(crate) fn records(&self) -> impl Iterator<Item = (ChunkKey, Record)> + '_ {
-        self.records.iter().map(|(key, (record, _))| (*key, *record))
+        self.slots.iter().map(|(key, slot)| (*key, slot.record))
     }
 
     /// Marks a key as just used.
     pub(crate) fn touch(&mut self, key: &ChunkKey) {
-        if let Some((_, used_at)) = self.records.get_mut(key) {
-            self.by_use.remove(used_at);
-            self.clock += 1;
-            *used_at = self.clock;
-            self.by_use.insert(self.clock, *key);
+        if let Some(slot) = self.slots.get_mut(key) {
+            self.uses += 1;
+            if self.by_use.remove(&slot.used_at).is_some() {
+                self.by_use.insert(self.uses, *key);
+            }
+            slot.used_at = self.uses;
         }
     }
 
     /// Adds a record whose bytes are reserved already. The key must not be there.
     pub(crate) fn insert(&mut self, key: ChunkKey, record: Record) {
         self.gone.forget(&key);
-        self.clock += 1;
-        self.by_use.insert(self.clock, key);
-        self.records.insert(key, (record, self.clock));
+        self.uses += 1;
+        self.by_use.insert(self.uses, key);
+        self.slots.insert(key, Slot { record, used_at: self.uses, expires: NEVER, pinned: 0 });
     }
 
     /// Takes a record out; its bytes stay used until [`Catalogue::release`].
     pub(crate) fn take(&mut self, key: &ChunkKey, reason: MissReason) -> Option<Record> {
-        let (record, used_at) = self.records.remove(key)?;
-        self.by_use.remove(&used_at);
+        self.unpin(key);
+        let slot = self.slots.remove(key)?;
+        self.by_use.remove(&slot.used_at);
+        self.by_expiry.remove(&(slot.expires, *key));
         self.gone.remember(*key, reason);
-        Some(record)
+        Some(slot.record)
+    }
+
+    /// Says when a key's time is over, [`NEVER`] included.
+    pub(crate) fn expire_at(&mut self, key: &ChunkKey, expires: u64) {
+        if let Some(slot) = self.slots.get_mut(key) {
+            self.by_expiry.remove(&(slot.expires, *key));
+            slot.expires = expires;
+            if expires != NEVER {
+                self.by_expiry.insert((expires, *key));
+            }
+        }
+    }
+
+    /// Keys whose time is over by `now`, not more than so many.
+    pub(crate) fn expired(&self, now: u64, most: usize) -> Vec<ChunkKey> {
+        let over = self.by_expiry.iter().take_while(|(expires, _)| *expires <= now);
+        over.map(|(_, key)| *key).take(most).collect()
+    }
+
+    /// Keeps a key from eviction until then; false where it is not here.
+    pub(crate) fn pin(&mut self, key: &ChunkKey, until: u64) -> bool {
+        self.unpin(key);
+        let Some(slot) = self.slots.get_mut(key) else { return false };
+        slot.pinned = until;
+        self.by_use.remove(&slot.used_at);
+        self.by_pin.insert((until, *key));
+        self.pinned_bytes += slot.record.bytes;
+        true
+    }
+
+    /// Ends a key's pin; false where it is not here or has none.
+    pub(crate) fn unpin(&mut self, key: &ChunkKey) -> bool {
+        let Some(slot) = self.slots.get_mut(key).filter(|slot| slot.pinned != 0) else { return false };
+        self.by_pin.remove(&(slot.pinned, *key));
+        slot.pinned = 0;
+        self.by_use.insert(slot.used_at, *key);
+        self.pinned_bytes -= slot.record.bytes;
+        true
+    }
+
+    /// Ends the pins whose time is over.
+    pub(crate) fn end_pins(&mut self) {
+        let now = self.clock.now();
+        while let Some((_, key)) = self.by_pin.first().copied().filter(|(until, _)| *until <= now) {
+            self.unpin(&key);
+        }
     }
 
     /// Remembers why a key that has no record is gone.
@@ -132,18 +228,28 @@ impl Catalogue {
         self.quarantined.push_back((path, bytes));
     }
 
-    /// Takes out what should go first.
+    /// Takes out the damaged files of these keys.
+    pub(crate) fn take_damaged(&mut self, keys: &HashSet<ChunkKey>) -> Vec<(PathBuf, u64)> {
+        let (taken, left) = std::mem::take(&mut self.quarantined)
+            .into_iter()
+            .partition(|(path, _)| disk::name(path).is_some_and(|key| keys.contains(&key)));
+        self.quarantined = left;
+        Vec::from(taken)
+    }
+
+    /// Takes out what should go first, if anything may.
     pub(crate) fn victim(&mut self) -> Option<Victim> {
         if let Some((path, bytes)) = self.quarantined.pop_front() {
             return Some(Victim::Quarantined(path, bytes));
         }
+        self.end_pins();
         let key = *self.by_use.values().next()?;
         let record = self.take(&key, MissReason::Evicted)?;
         Some(Victim::Object(key, record.bytes))
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.records.len()
+        self.slots.len()
     }
 
     pub(crate) fn used(&self) -> u64 {
@@ -152,6 +258,10 @@ impl Catalogue {
 
     pub(crate) fn capacity(&self) -> u64 {
         self.capacity
+    }
+
+    pub(crate) fn pinned_bytes(&self) -> u64 {
+        self.pinned_bytes
     }
 
     pub(crate) fn quarantined(&self) -> usize {
@@ -193,6 +303,8 @@ impl Gone {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     fn key(n: u32) -> ChunkKey {
         let mut bytes = [0; 32];
@@ -208,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_least_recently_used_goes_first_and_damaged_files_before_it() {
-        let mut catalogue = Catalogue::new(100);
+        let mut catalogue = Catalogue::new(100, Clock::system());
         for n in 0..3 {
             assert!(catalogue.reserve(30));
             catalogue.insert(key(n), record(30));
@@ -226,7 +338,7 @@ mod tests {
 
     #[test]
     fn reasons_are_told_and_their_memory_is_bounded() {
-        let mut catalogue = Catalogue::new(100);
+        let mut catalogue = Catalogue::new(100, Clock::system());
         catalogue.insert(key(1), record(1));
         assert_eq!(catalogue.find(LayoutId::from_bytes([9; 32]), &key(1)), Err(MissReason::Layout));
         assert_eq!(catalogue.find(LAYOUT, &key(2)), Err(MissReason::NeverSeen));
@@ -237,5 +349,46 @@ mod tests {
         }
         assert_eq!(catalogue.find(LAYOUT, &key(1)), Err(MissReason::NeverSeen));
         assert_eq!(catalogue.gone.reasons.len(), REMEMBERED);
+    }
+
+    #[test]
+    fn what_is_over_is_not_found_and_what_is_pinned_is_no_victim() {
+        let time = Arc::new(AtomicU64::new(100));
+        let mut catalogue = Catalogue::new(100, Clock::manual(Arc::clone(&time)));
+        for n in 0..3 {
+            assert!(catalogue.reserve(10));
+            catalogue.insert(key(n), record(10));
+        }
+        catalogue.expire_at(&key(1), 110);
+        assert!(catalogue.pin(&key(0), 110) && !catalogue.pin(&key(7), 110));
+        catalogue.touch(&key(0));
+        assert_eq!((catalogue.pinned_bytes(), catalogue.expired(109, 9)), (10, vec![]));
+        assert!(catalogue.find(LAYOUT, &key(1)).is_ok());
+        assert!(matches!(catalogue.victim(), Some(Victim::Object(gone, 10)) if gone == key(1)));
+        assert!(matches!(catalogue.victim(), Some(Victim::Object(gone, 10)) if gone == key(2)));
+        assert!(catalogue.victim().is_none(), "all that is left is pinned");
+        assert!(catalogue.expired(1000, 9).is_empty(), "what was evicted does not expire");
+
+        catalogue.expire_at(&key(0), 120);
+        time.store(120, Ordering::Relaxed);
+        assert_eq!(catalogue.find(LAYOUT, &key(0)), Err(MissReason::Expired));
+        assert_eq!(catalogue.expired(120, 9), [key(0)]);
+        catalogue.expire_at(&key(0), NEVER);
+        assert!(catalogue.find(LAYOUT, &key(0)).is_ok() && catalogue.expired(1000, 9).is_empty());
+        assert!(
+            matches!(catalogue.victim(), Some(Victim::Object(gone, 10)) if gone == key(0)),
+            "its pin ended"
+        );
+        assert_eq!(catalogue.pinned_bytes(), 0);
+    }
+
+    #[test]
+    fn the_damaged_files_of_a_key_are_found_by_their_names() {
+        let mut catalogue = Catalogue::new(100, Clock::system());
+        for (n, serial) in [(1, 0), (2, 0), (1, 1)] {
+            catalogue.set_aside(format!("quarantine/{}.{serial}", key(n)).into(), 5);
+        }
+        let taken = catalogue.take_damaged(&HashSet::from([key(1)]));
+        assert_eq!((taken.len(), catalogue.quarantined(), catalogue.used()), (2, 1, 15));
     }
 }

@@ -1,23 +1,26 @@
 //! The store's state, and the operations that change what is on disk.
 //!
-//! Locks: `changes` orders everything that renames or removes object files and is taken on blocking threads
-//! only; the catalogue's and the RAM tier's locks are held for moments and never across file operations.
+//! Locks: `changes` orders everything that renames or removes object files or writes the journal, and is taken on
+//! blocking threads only; the catalogue's and the RAM tier's locks are held for moments and never across file
+//! operations.
 
-use crate::catalogue::{Catalogue, Record, Victim};
+use crate::catalogue::{Catalogue, REMEMBERED, Record, Victim};
 use crate::changes::{self, Changes};
+use crate::clock::Clock;
 use crate::disk::{self, Disk};
 use crate::error::Error;
 use crate::index::Entry;
+use crate::journal::Journal;
 use crate::metrics;
 use crate::options::Options;
 use crate::ram::Ram;
-use cacheclip_chunk::container::head::HEADER_LEN;
-use cacheclip_chunk::{ChunkKey, ContainerHash, FormatError, Head, LayoutId};
+use crate::read::Reads;
+use crate::scan::{self, Found};
+use cacheclip_chunk::{ChunkKey, ContainerHash, DocumentId, Head, LayoutId};
 use cacheclip_rpc::v1::{MissReason, StatResponse, Tier};
 use parking_lot::Mutex;
-use std::fs::File;
-use std::io::{self, Read as _};
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -26,12 +29,33 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 const LOCK_WAIT: Duration = Duration::from_secs(2);
 const LOCK_POLL: Duration = Duration::from_millis(20);
 
-/// Shared by all requests.
+/// How a publication ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Published {
+    Stored,
+    /// Another writer was first, with this container.
+    Existed(ContainerHash),
+    /// Its key or document was deleted after the writer began.
+    Deleted,
+}
+
+/// Shared by all requests. Dropped in this order: who gets the directory's lock may open the journal.
 #[derive(Debug)]
 pub(crate) struct Core {
+    pub(crate) journal: Journal,
     pub(crate) disk: Disk,
+    pub(crate) clock: Clock,
+    /// Seconds that an object lives which no document claims; absent: it does not expire.
+    pub(crate) ttl: Option<u64>,
+    /// Seconds that deletions are remembered.
+    pub(crate) tombstone_seconds: u64,
+    /// Deleted keys whose files are still to go, with the bytes that count until then.
+    pub(crate) doomed: Mutex<HashMap<ChunkKey, u64>>,
+    /// Files that were left alone at the start.
+    foreign: u64,
     pub(crate) catalogue: Arc<Mutex<Catalogue>>,
     pub(crate) ram: Mutex<Ram>,
+    pub(crate) reads: Reads,
     pub(crate) changes: Mutex<()>,
     /// What the index has to be told.
     pub(crate) announce: Arc<Changes>,
@@ -41,23 +65,35 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// Opens the directory and rebuilds all else from it.
-    pub(crate) async fn open(options: &Options) -> Result<Arc<Self>, Error> {
+    /// Opens the directory, finishes deletions that a predecessor began, and rebuilds all else from what is there.
+    pub(crate) async fn open_at(options: &Options, clock: Clock) -> Result<Arc<Self>, Error> {
+        let started = Instant::now();
         let disk = lock(options).await?;
         let (root, capacity) = (options.data_dir.clone(), options.disk_bytes);
-        let (disk, catalogue) = blocking(options, move || {
-            let mut catalogue = Catalogue::new(capacity);
-            scan(&disk, &mut catalogue).map_err(|source| Error::DataDir { path: root, reason: source })?;
-            Ok((disk, catalogue))
+        let (time, ttl) = (clock.clone(), (options.ttl_seconds > 0).then_some(options.ttl_seconds));
+        let (journal, disk, catalogue, found) = blocking(options, move || {
+            let journal = Journal::open(&disk.journal(), disk.lock())
+                .map_err(|reason| Error::Journal { path: disk.journal(), reason })?;
+            let mut catalogue = Catalogue::new(capacity, time);
+            let found = rebuild(&journal, &disk, &mut catalogue, ttl)
+                .map_err(|reason| Error::DataDir { path: root, reason })?;
+            Ok((journal, disk, catalogue, found))
         })
         .await?;
         metrics::capacity(metrics::DISK, options.disk_bytes);
         metrics::capacity(metrics::RAM, options.ram_bytes);
         let closed = CancellationToken::new();
         let core = Arc::new(Self {
+            journal,
             disk,
+            clock,
+            ttl,
+            tombstone_seconds: options.tombstone_seconds,
+            doomed: Mutex::default(),
+            foreign: found.foreign,
             catalogue: Arc::new(Mutex::new(catalogue)),
             ram: Mutex::new(Ram::new(options.ram_bytes)),
+            reads: Reads::default(),
             changes: Mutex::new(()),
             announce: Arc::new(Changes::new(changes::MOST)),
             _open: closed.clone().drop_guard(),
@@ -69,9 +105,19 @@ impl Core {
             objects = stat.objects,
             disk_bytes = stat.disk_used_bytes,
             quarantined = stat.quarantined,
+            damaged = found.damaged,
+            foreign = found.foreign,
+            generation = stat.generation,
+            seconds = started.elapsed().as_secs_f64(),
             "catalogue rebuilt"
         );
         Ok(core)
+    }
+
+    /// As [`Core::open_at`], by the machine's clock.
+    #[cfg(test)]
+    pub(crate) async fn open(options: &Options) -> Result<Arc<Self>, Error> {
+        Self::open_at(options, Clock::system()).await
     }
 
     /// What an index should say of this store now.
@@ -93,6 +139,9 @@ impl Core {
             ram_used_bytes,
             ram_capacity_bytes,
             quarantined: catalogue.quarantined() as u64,
+            foreign: self.foreign,
+            pinned_bytes: catalogue.pinned_bytes(),
+            generation: self.journal.generation(),
         }
     }
 
@@ -101,6 +150,7 @@ impl Core {
         metrics::objects(stat.objects as usize);
         metrics::used(metrics::DISK, stat.disk_used_bytes);
         metrics::used(metrics::RAM, stat.ram_used_bytes);
+        metrics::pinned(stat.pinned_bytes);
     }
 
     /// Where a key is, without counting as a use.
@@ -167,47 +217,56 @@ impl Core {
         }
     }
 
-    /// Publishes a received file under its key; false where another writer was first.
-    pub(crate) fn publish(&self, temporary: disk::Temporary, head: &Head) -> io::Result<bool> {
-        let (key, record) = (head.key(), record(head));
+    /// Publishes a received file under its key, unless another writer was first or it comes too late. `begun` is the
+    /// generation at which the writer began, `document` the one that it brings the chunk for.
+    pub(crate) fn publish(
+        &self,
+        temporary: disk::Temporary,
+        head: &Head,
+        begun: u64,
+        document: Option<DocumentId>,
+    ) -> io::Result<Published> {
+        let key = head.key();
         let _changes = self.changes.lock();
-        if self.catalogue.lock().record(&key).is_some() {
-            return Ok(false);
+        if self.journal.refuses(&key, document, begun)? {
+            return Ok(Published::Deleted);
         }
+        self.remove_expired(&[key])?;
+        if let Some(first) = self.catalogue.lock().record(&key) {
+            return Ok(Published::Existed(first.hash));
+        }
+        // A deletion whose file could not be removed must not take this one in its place.
+        self.finish(&[key])?;
+        let now = self.clock.now();
+        let life = self.journal.lives(&[key], now)?.first().copied().unwrap_or_default();
         self.disk.publish(temporary, &key)?;
-        self.catalogue.lock().insert(key, record);
+        {
+            let mut catalogue = self.catalogue.lock();
+            catalogue.insert(key, Record::from(head));
+            catalogue.expire_at(&key, scan::expiry(life.claimed, now, self.ttl));
+            if life.pinned > 0 {
+                catalogue.pin(&key, life.pinned);
+            }
+        }
         self.announce.tell(key, true);
         self.gauge();
-        Ok(true)
+        Ok(Published::Stored)
     }
 
-    /// Deletes keys of a layout; how many objects and bytes that were.
-    pub(crate) fn delete(&self, layout: LayoutId, keys: &[ChunkKey]) -> io::Result<(u32, u64)> {
-        let (mut objects, mut bytes) = (0, 0);
-        for key in keys {
-            let _changes = self.changes.lock();
-            let Ok(record) = self.catalogue.lock().find(layout, key) else { continue };
-            // The file first: a delete that failed must not look done.
-            self.disk.remove(key)?;
-            let mut catalogue = self.catalogue.lock();
-            catalogue.take(key, MissReason::Deleted);
-            catalogue.release(record.bytes);
-            drop(catalogue);
-            self.drop_from_tiers(*key);
-            objects += 1;
-            bytes += record.bytes;
-        }
-        self.gauge();
-        Ok((objects, bytes))
-    }
-
-    /// Sets a damaged object aside, unless another container has taken its place meanwhile.
-    pub(crate) fn set_aside(&self, key: &ChunkKey, container: ContainerHash, why: &dyn std::fmt::Display) {
+    /// Sets an object aside that was seen to be damaged at `place`, unless another container has been published under
+    /// its key meanwhile.
+    pub(crate) fn set_aside(
+        &self,
+        key: &ChunkKey,
+        container: ContainerHash,
+        place: &'static str,
+        why: &dyn std::fmt::Display,
+    ) {
         let _changes = self.changes.lock();
         let Some(record) = self.catalogue.lock().record(key).filter(|it| it.hash == container) else {
             return;
         };
-        metrics::verify_failed("disk");
+        metrics::verify_failed(place);
         let moved = self.disk.quarantine_object(key);
         tracing::warn!(%key, %why, "object is damaged: set aside");
         {
@@ -227,7 +286,7 @@ impl Core {
         self.gauge();
     }
 
-    fn drop_from_tiers(&self, key: ChunkKey) {
+    pub(crate) fn drop_from_tiers(&self, key: ChunkKey) {
         self.ram.lock().remove(&key);
         self.announce.tell(key, false);
     }
@@ -253,97 +312,29 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(panicked)?
 }
 
-fn record(head: &Head) -> Record {
-    Record {
-        layout: head.layout(),
-        hash: head.hash(),
-        bytes: head.container_len(),
-        head_len: head.bytes().len(),
-    }
-}
-
 impl From<&Record> for Entry {
     fn from(record: &Record) -> Self {
         Self { layout: record.layout, container: record.hash, bytes: record.bytes }
     }
 }
 
-/// Rebuilds the catalogue from the files, reading heads only.
-fn scan(disk: &Disk, catalogue: &mut Catalogue) -> io::Result<()> {
-    for (path, bytes) in disk.quarantined()? {
-        catalogue.set_aside(path, bytes);
-    }
-    for (path, bytes) in disk.objects()? {
-        match read_head(&path, bytes) {
-            Ok(head) => {
-                catalogue.occupy(bytes);
-                catalogue.insert(head.key(), record(&head));
-            }
-            Err(Unusable::Foreign(why)) => {
-                tracing::warn!(path = %path.display(), why, "file is left alone; its bytes count");
-                catalogue.occupy(bytes);
-            }
-            Err(Unusable::Damaged(why)) => {
-                tracing::warn!(path = %path.display(), why, "object is damaged: set aside");
-                metrics::verify_failed("start");
-                metrics::quarantined();
-                if let Some(key) = name(&path) {
-                    catalogue.remember(key, MissReason::Corrupt);
-                }
-                let (path, bytes) = disk.quarantine(&path)?;
-                catalogue.set_aside(path, bytes);
+/// Brings files and catalogue to what the journal and the files say.
+fn rebuild(journal: &Journal, disk: &Disk, catalogue: &mut Catalogue, ttl: Option<u64>) -> io::Result<Found> {
+    let doomed = journal.doomed()?;
+    if !doomed.is_empty() {
+        let keys: HashSet<ChunkKey> = doomed.iter().copied().collect();
+        doomed.iter().try_for_each(|key| disk.remove(key))?;
+        for (path, _) in disk.quarantined()? {
+            if disk::name(&path).is_some_and(|key| keys.contains(&key)) {
+                disk.remove_damaged(&path)?;
             }
         }
+        disk.settle()?;
+        journal.done(&doomed)?;
+        tracing::info!(keys = doomed.len(), "deletions that were under way are finished");
     }
-    // The cap may have been lowered.
-    while catalogue.used() > catalogue.capacity() {
-        match catalogue.victim() {
-            Some(Victim::Quarantined(path, bytes)) => {
-                disk::remove(&path)?;
-                catalogue.release(bytes);
-            }
-            Some(Victim::Object(key, bytes)) => {
-                disk.remove(&key)?;
-                catalogue.release(bytes);
-                metrics::evicted(metrics::DISK, "capacity");
-            }
-            None => break,
-        }
+    for key in journal.tombstones(REMEMBERED)? {
+        catalogue.remember(key, MissReason::Deleted);
     }
-    Ok(())
-}
-
-enum Unusable {
-    /// Nothing this release wrote.
-    Foreign(String),
-    Damaged(String),
-}
-
-fn name(path: &Path) -> Option<ChunkKey> {
-    let stem = path.file_stem()?.to_str()?;
-    (path.extension()? == "kv").then(|| stem.parse().ok()).flatten()
-}
-
-fn read_head(path: &Path, bytes: u64) -> Result<Head, Unusable> {
-    let key = name(path).ok_or_else(|| Unusable::Foreign("not an object's name".into()))?;
-    let read = |len: usize| -> io::Result<Vec<u8>> {
-        let mut head = Vec::with_capacity(len);
-        File::open(path)?.take(len as u64).read_to_end(&mut head)?;
-        Ok(head)
-    };
-    let parse = || -> Result<Head, FormatError> {
-        let prefix = read(HEADER_LEN).unwrap_or_default();
-        let len = Head::len_from_prefix(&prefix)?;
-        Head::parse(&read(len).unwrap_or_default())
-    };
-    match parse() {
-        Ok(head) if head.key() != key => Err(Unusable::Damaged("it holds another key".into())),
-        Ok(head) if head.container_len() != bytes => {
-            let why = FormatError::Length { expected: head.container_len(), found: bytes };
-            Err(Unusable::Damaged(why.to_string()))
-        }
-        Ok(head) => Ok(head),
-        Err(why @ FormatError::Version { .. }) => Err(Unusable::Foreign(why.to_string())),
-        Err(why) => Err(Unusable::Damaged(why.to_string())),
-    }
+    scan::scan(disk, catalogue, &journal.all_lives()?, ttl)
 }

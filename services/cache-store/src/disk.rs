@@ -3,14 +3,29 @@
 //! ```text
 //! data_dir/lock                      held while a store uses the directory
 //! data_dir/index.redb                cache of the catalogue
+//! data_dir/journal.redb              claims, deletions and pins: truth, like the objects
 //! data_dir/objects/<2 hex>/<key>.kv  published containers
 //! data_dir/temporary/<n>             being received; removed at start
 //! data_dir/quarantine/<key>.<n>      damaged containers, first to go when room is needed
 //! ```
+//!
+//! What outlives a power loss: an object from the end of [`Disk::publish`] on, a removal from the end of
+//! [`Disk::settle`] on, and from the end of [`Disk::open`] on all that was found there. A rename to the quarantine may
+//! be undone: the damage is found again. Changes of the directory go through [`volume`], which shows that.
+
+#[cfg(test)]
+mod power_loss;
+#[cfg(test)]
+mod tape;
+pub(crate) mod volume;
+
+pub(crate) use volume::remove;
 
 use crate::error::Error;
 use bytes::Bytes;
 use cacheclip_chunk::ChunkKey;
+use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -23,6 +38,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct Disk {
     root: PathBuf,
     serial: AtomicU64,
+    /// Folders in which removals may be undone by a power loss.
+    unsettled: Mutex<BTreeSet<PathBuf>>,
     lock: Arc<File>,
 }
 
@@ -30,7 +47,7 @@ pub(crate) struct Disk {
 #[derive(Debug)]
 pub(crate) struct Temporary {
     path: PathBuf,
-    pub(crate) file: File,
+    pub(crate) file: volume::File,
     published: bool,
 }
 
@@ -38,20 +55,21 @@ impl Drop for Temporary {
     fn drop(&mut self) {
         if !self.published {
             // What cannot be removed now is removed at the next start.
-            let _ = fs::remove_file(&self.path);
+            let _ = volume::remove(&self.path);
         }
     }
 }
 
 impl Disk {
-    /// Makes what is missing of the directory, locks it, shows that it can be written, removes leftovers.
+    /// Makes what is missing of the directory, locks it, shows that it can be written, removes leftovers, and makes
+    /// durable what is there.
     pub(crate) fn open(root: &Path) -> Result<Self, Error> {
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |reason| Error::DataDir { path, reason }
         };
         for folder in ["objects", "temporary", "quarantine"] {
-            fs::create_dir_all(root.join(folder)).map_err(failed(root))?;
+            volume::create_folders(&root.join(folder)).map_err(failed(root))?;
         }
         let lock = OpenOptions::new().create(true).truncate(false).write(true).open(root.join("lock"));
         let lock = lock.map_err(failed(root))?;
@@ -60,12 +78,44 @@ impl Disk {
             Err(TryLockError::WouldBlock) => return Err(Error::InUse { path: root.to_owned() }),
             Err(TryLockError::Error(source)) => return Err(failed(root)(source)),
         }
-        let disk = Self { root: root.to_owned(), serial: AtomicU64::new(0), lock: Arc::new(lock) };
+        let disk = Self {
+            root: root.to_owned(),
+            serial: AtomicU64::new(0),
+            unsettled: Mutex::default(),
+            lock: Arc::new(lock),
+        };
         for (path, _) in files(&disk.temporary()).map_err(failed(root))? {
-            fs::remove_file(&path).map_err(failed(&path))?;
+            volume::remove(&path).map_err(failed(&path))?;
         }
         drop(disk.create().map_err(failed(&disk.temporary()))?);
+        disk.sync_names().map_err(failed(root))?;
         Ok(disk)
+    }
+
+    /// A predecessor that was killed may have left renames and removals that it had not synced yet. They are what this
+    /// store finds and builds upon, so a power loss must not undo them any more.
+    fn sync_names(&self) -> io::Result<()> {
+        if let Some(above) = self.root.parent().filter(|above| !above.as_os_str().is_empty())
+            && let Err(error) = volume::sync_folder(above)
+        {
+            // Where the root is a mount point, this is somebody else's folder.
+            tracing::debug!(path = %above.display(), %error, "folder cannot be synced");
+        }
+        volume::sync_folder(&self.root)?;
+        volume::sync_folder(&self.root.join("objects"))?;
+        self.shelves()?.iter().try_for_each(|folder| volume::sync_folder(folder))
+    }
+
+    /// The folders of objects.
+    fn shelves(&self) -> io::Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for folder in fs::read_dir(self.root.join("objects"))? {
+            let folder = folder?;
+            if folder.file_type()?.is_dir() {
+                found.push(folder.path());
+            }
+        }
+        Ok(found)
     }
 
     /// The directory's lock, for whoever else keeps files in it open.
@@ -82,6 +132,10 @@ impl Disk {
         self.root.join("objects").join(&name[..2]).join(format!("{name}.kv"))
     }
 
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.root.join("journal.redb")
+    }
+
     pub(crate) fn index(&self) -> PathBuf {
         self.root.join("index.redb")
     }
@@ -89,7 +143,7 @@ impl Disk {
     /// A new, empty file.
     pub(crate) fn create(&self) -> io::Result<Temporary> {
         let path = self.temporary().join(self.serial.fetch_add(1, Ordering::Relaxed).to_string());
-        let file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+        let file = volume::File::create_new(&path)?;
         Ok(Temporary { path, file, published: false })
     }
 
@@ -97,30 +151,52 @@ impl Disk {
     pub(crate) fn publish(&self, mut temporary: Temporary, key: &ChunkKey) -> io::Result<()> {
         let path = self.object(key);
         let folder = path.parent().unwrap_or(&self.root);
-        if !folder.exists() {
-            fs::create_dir_all(folder)?;
-            File::open(self.root.join("objects"))?.sync_all()?;
-        }
-        fs::rename(&temporary.path, &path)?;
+        volume::create_folders(folder)?;
+        volume::rename(&temporary.path, &path)?;
         temporary.published = true;
-        File::open(folder)?.sync_all()
+        volume::sync_folder(folder).inspect_err(|_| {
+            // Nobody will know of it: its bytes must not stay. What cannot be removed is found at the next start.
+            let _ = volume::remove(&path);
+        })
+    }
+
+    /// An object's file, for who reads more than one part of it.
+    pub(crate) fn open_object(&self, key: &ChunkKey) -> io::Result<File> {
+        File::open(self.object(key))
     }
 
     /// Bytes of an object's file. [`io::ErrorKind::UnexpectedEof`] where it is shorter.
     pub(crate) fn read(&self, key: &ChunkKey, offset: u64, len: usize) -> io::Result<Bytes> {
-        let file = File::open(self.object(key))?;
-        // The file bounds what is allocated, not the table.
-        if file.metadata()?.len() < offset.saturating_add(len as u64) {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let mut bytes = vec![0; len];
-        file.read_exact_at(&mut bytes, offset)?;
-        Ok(bytes.into())
+        read_part(&self.open_object(key)?, offset, len)
     }
 
-    /// Removes an object's file; that it is gone already is fine.
+    /// Removes an object's file; that it is gone already is fine. A power loss may undo it until [`Disk::settle`].
     pub(crate) fn remove(&self, key: &ChunkKey) -> io::Result<()> {
-        remove(&self.object(key))
+        let path = self.object(key);
+        volume::remove(&path)?;
+        self.unsettle(&path);
+        Ok(())
+    }
+
+    fn unsettle(&self, gone: &Path) {
+        if let Some(folder) = gone.parent() {
+            self.unsettled.lock().insert(folder.to_owned());
+        }
+    }
+
+    /// Makes it durable that names are gone, those of evicted and damaged objects too: what is deleted may have been
+    /// evicted before. To be called before a deletion is acknowledged.
+    pub(crate) fn settle(&self) -> io::Result<()> {
+        // Held until the last folder is synced: whoever comes meanwhile has to wait for it, too.
+        let mut unsettled = self.unsettled.lock();
+        while let Some(folder) = unsettled.first() {
+            match volume::sync_folder(folder) {
+                // A folder that other hands removed has nothing that could come back.
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => unsettled.pop_first(),
+            };
+        }
+        Ok(())
     }
 
     /// Moves a damaged file out of the way; its new path and its bytes.
@@ -131,8 +207,16 @@ impl Disk {
         let Some(target) = free.into_iter().find(|target| !target.exists()) else {
             return Err(io::ErrorKind::AlreadyExists.into());
         };
-        fs::rename(path, &target)?;
+        volume::rename(path, &target)?;
+        self.unsettle(path);
         Ok((target, bytes))
+    }
+
+    /// Removes a damaged file; as [`Disk::remove`].
+    pub(crate) fn remove_damaged(&self, path: &Path) -> io::Result<()> {
+        volume::remove(path)?;
+        self.unsettle(path);
+        Ok(())
     }
 
     pub(crate) fn quarantine_object(&self, key: &ChunkKey) -> io::Result<(PathBuf, u64)> {
@@ -144,28 +228,35 @@ impl Disk {
         files(&self.root.join("quarantine"))
     }
 
-    /// Object files, the least recently written first, with their bytes.
-    pub(crate) fn objects(&self) -> io::Result<Vec<(PathBuf, u64)>> {
+    /// Paths of object files, and of what else lies among them, in no order.
+    pub(crate) fn objects(&self) -> io::Result<Vec<PathBuf>> {
         let mut found = Vec::new();
-        for folder in fs::read_dir(self.root.join("objects"))? {
-            let folder = folder?;
-            if folder.file_type()?.is_dir() {
-                for (path, bytes) in files(&folder.path())? {
-                    found.push((fs::metadata(&path)?.modified()?, path, bytes));
+        for folder in self.shelves()? {
+            for entry in fs::read_dir(folder)? {
+                let entry = entry?;
+                if entry.file_type()?.is_file() {
+                    found.push(entry.path());
                 }
             }
         }
-        found.sort();
-        Ok(found.into_iter().map(|(_, path, bytes)| (path, bytes)).collect())
+        Ok(found)
     }
 }
 
-/// Removes a file; that it is gone already is fine.
-pub(crate) fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+/// Bytes of a file. [`io::ErrorKind::UnexpectedEof`] where it is shorter.
+pub(crate) fn read_part(file: &File, offset: u64, len: usize) -> io::Result<Bytes> {
+    // The file bounds what is allocated, not the table.
+    if file.metadata()?.len() < offset.saturating_add(len as u64) {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
+    let mut bytes = vec![0; len];
+    file.read_exact_at(&mut bytes, offset)?;
+    Ok(bytes.into())
+}
+
+/// The key that a file's name begins with, that of an object or of a damaged one.
+pub(crate) fn name(path: &Path) -> Option<ChunkKey> {
+    path.file_stem()?.to_str()?.parse().ok()
 }
 
 fn files(folder: &Path) -> io::Result<Vec<(PathBuf, u64)>> {

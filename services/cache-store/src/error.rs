@@ -37,4 +37,16 @@ pub enum Error {
         /// What the database said.
         reason: String,
     },
+    /// The journal can be neither opened nor begun.
+    #[error(
+        "{}: {reason}; restore the file from a copy, or remove it: claims, pins and what deletions refuse are lost \
+         with it, objects are not",
+        .path.display()
+    )]
+    Journal {
+        /// Its file.
+        path: PathBuf,
+        /// What the database said; part of the line already.
+        reason: io::Error,
+    },
 }

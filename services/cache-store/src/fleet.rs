@@ -89,6 +89,8 @@ impl Fleet {
             node: Some(node(&self.node, self.endpoint(), self.draining.load(Ordering::Relaxed))),
             peers: live.map(|(peer, _)| node(&peer.name, &peer.endpoint, false)).collect(),
             index_unavailable: heard.unavailable.clone(),
+            // The service knows it.
+            generation: 0,
         }
     }
 

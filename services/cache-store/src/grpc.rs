@@ -1,42 +1,41 @@
 //! The gRPC surface: checks requests, streams frames, keeps blocking work off the async threads.
 
+mod lifecycle;
+mod put;
+
+use crate::answer::{Answer, Frames};
 use crate::core::Core;
 use crate::fleet::Fleet;
 use crate::metrics;
 use crate::options::Options;
 use crate::ram::Resident;
 use crate::read::{Opened, wanted};
-use crate::upload::{Announced, Failed, Outcome};
+use crate::upload::Outcome;
 use bytes::Bytes;
-use cacheclip_chunk::container::head::HEADER_LEN;
 use cacheclip_chunk::{ChunkKey, LayoutId};
 use cacheclip_rpc::convert::{id, id_bytes};
 use cacheclip_rpc::status::{invalid, unavailable};
 use cacheclip_rpc::v1::cache_server::Cache;
 use cacheclip_rpc::v1::{
-    DeleteRequest, DeleteResponse, Entry, GetLayersRequest, GetRequest, KvFrame, LookupRequest,
-    LookupResponse, MembersRequest, MembersResponse, MissReason, PutFrame, PutResponse, Segment, StatRequest,
-    StatResponse, Tier, kv_frame, put_frame, put_response,
+    DeleteDocumentRequest, DeleteDocumentResponse, DeleteRequest, DeleteResponse, Entry, GetLayersRequest,
+    GetRequest, HoldRequest, HoldResponse, KvFrame, LookupRequest, LookupResponse, MembersRequest,
+    MembersResponse, MissReason, PinRequest, PinResponse, PutFrame, PutResponse, Segment, StatRequest,
+    StatResponse, Tier, UnpinRequest, kv_frame, put_response,
 };
 use cacheclip_service::seconds;
 use futures::{StreamExt as _, stream};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{Semaphore, mpsc};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Bytes of one frame of KV.
-const FRAME: usize = 512 << 10;
+const FRAME: usize = 1 << 20;
 /// Frames that wait for a client; they are slices of segments, not copies.
-const FRAMES_AHEAD: usize = 8;
-/// Frames that wait to be written to disk.
-const PUT_FRAMES_AHEAD: usize = 4;
+const FRAMES_AHEAD: usize = 4;
 /// Most keys of one request.
 const MOST_KEYS: usize = 4096;
-
-type Frames = mpsc::Sender<Result<KvFrame, Status>>;
 
 /// The tonic service. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -73,27 +72,32 @@ impl Service {
     fn stream<F: Future<Output = Option<()>> + Send + 'static>(
         self,
         send: impl FnOnce(Self, Frames) -> F,
-    ) -> Response<ReceiverStream<Result<KvFrame, Status>>> {
-        let (frames, answer) = mpsc::channel(FRAMES_AHEAD);
-        let gone = frames.clone();
+    ) -> Response<Answer> {
+        let (frames, answer, client) = Answer::new(FRAMES_AHEAD);
         let sending = send(self, frames);
         tokio::spawn(async move {
             let started = Instant::now();
-            tokio::select! {
-                _ = sending => {}
-                () = gone.closed() => {}
+            let sent = tokio::select! {
+                sent = sending => sent,
+                () = client.gone() => None,
+            };
+            if sent.is_none() {
+                client.take_back();
             }
             metrics::get(started.elapsed().as_secs_f64());
         });
-        Response::new(ReceiverStream::new(answer))
+        Response::new(answer)
     }
 
     /// Sends a frame; None where the client is gone or takes nothing for too long.
     async fn send(&self, frames: &Frames, chunk: usize, frame: kv_frame::Frame, tier: Tier) -> Option<()> {
-        let frame = KvFrame { chunk: chunk as u32, frame: Some(frame), tier: tier.into() };
+        let missing = matches!(frame, kv_frame::Frame::Missing(_));
+        let generation = if missing { self.core.journal.generation() } else { 0 };
+        let frame = KvFrame { chunk: chunk as u32, frame: Some(frame), tier: tier.into(), generation };
         match tokio::time::timeout(self.stall, frames.send(Ok(frame))).await {
             Ok(sent) => sent.ok(),
             Err(_) => {
+                metrics::missing(MissReason::Timeout);
                 tracing::debug!(chunk, "a client takes no frames: its read is given up");
                 None
             }
@@ -101,6 +105,7 @@ impl Service {
     }
 
     async fn send_missing(&self, frames: &Frames, chunk: usize, reason: MissReason) -> Option<()> {
+        metrics::missing(reason);
         self.send(frames, chunk, kv_frame::Frame::Missing(reason.into()), Tier::Unspecified).await
     }
 
@@ -212,59 +217,6 @@ impl Service {
         }
         Some(())
     }
-
-    async fn receive(&self, mut frames: Streaming<PutFrame>) -> Result<Outcome, Status> {
-        let first = self.next(&mut frames).await?.and_then(|frame| frame.frame);
-        let Some(put_frame::Frame::Head(head)) = first else {
-            return Err(invalid("head", "the first frame must announce layout, key and bytes"));
-        };
-        let announced = Announced {
-            layout: id("head.layout", &head.layout)?,
-            key: id("head.key", &head.key)?,
-            bytes: head.bytes,
-        };
-        if !(HEADER_LEN as u64..=self.max_object_bytes).contains(&head.bytes) {
-            let why = format!("is {}, must be {HEADER_LEN} to {}", head.bytes, self.max_object_bytes);
-            return Err(invalid("head.bytes", why));
-        }
-        let _turn = self.puts.acquire().await.map_err(unavailable)?;
-        let (queue, received) = mpsc::channel(PUT_FRAMES_AHEAD);
-        let core = Arc::clone(&self.core);
-        let mut writing = tokio::task::spawn_blocking(move || core.receive(announced, received));
-        let mut queue = Some(queue);
-        let mut bytes = 0u64;
-        // Also reads on when the outcome is known, so that the writer hears it instead of a broken stream.
-        while let Some(frame) = self.next(&mut frames).await? {
-            let Some(put_frame::Frame::Data(data)) = frame.frame else {
-                return Err(invalid("frame", "only data may follow the head"));
-            };
-            bytes = bytes.saturating_add(data.len() as u64);
-            if bytes > announced.bytes {
-                return Err(invalid("data", format!("more than the {} bytes announced", announced.bytes)));
-            }
-            if let Some(waiting) = &queue
-                && waiting.send(data).await.is_err()
-            {
-                queue = None;
-            }
-        }
-        drop(queue);
-        match (&mut writing).await.map_err(unavailable)? {
-            Ok(outcome) => Ok(outcome),
-            Err(Failed::Invalid(field, why)) => Err(invalid(field, why)),
-            Err(failed @ Failed::Io(_)) => {
-                tracing::error!(key = %announced.key, error = %failed, "put failed");
-                Err(unavailable(failed))
-            }
-        }
-    }
-
-    async fn next(&self, frames: &mut Streaming<PutFrame>) -> Result<Option<PutFrame>, Status> {
-        match tokio::time::timeout(self.stall, frames.message()).await {
-            Ok(frame) => frame,
-            Err(_) => Err(Status::deadline_exceeded("no frame came for too long; put again")),
-        }
-    }
 }
 
 fn keys(fields: &[Bytes]) -> Result<Vec<ChunkKey>, Status> {
@@ -276,12 +228,14 @@ fn keys(fields: &[Bytes]) -> Result<Vec<ChunkKey>, Status> {
 
 #[tonic::async_trait]
 impl Cache for Service {
-    type GetLayersStream = ReceiverStream<Result<KvFrame, Status>>;
-    type GetStream = ReceiverStream<Result<KvFrame, Status>>;
+    type GetLayersStream = Answer;
+    type GetStream = Answer;
 
     async fn lookup(&self, request: Request<LookupRequest>) -> Result<Response<LookupResponse>, Status> {
         let request = request.into_inner();
         let (layout, keys) = (id("layout", &request.layout)?, keys(&request.keys)?);
+        // Before what it is said with: a deletion in between refuses more, not less.
+        let generation = self.core.journal.generation();
         let entry = |key: &ChunkKey| match self.core.locate(layout, key) {
             Ok((record, tier)) => Entry {
                 found: true,
@@ -303,7 +257,7 @@ impl Cache for Service {
                 }
             }
         }
-        Ok(Response::new(LookupResponse { entries }))
+        Ok(Response::new(LookupResponse { entries, generation }))
     }
 
     async fn get_layers(
@@ -335,6 +289,7 @@ impl Cache for Service {
             Ok(Outcome::Stored(hash)) => ("stored", Ok((put_response::Outcome::Stored, Some(hash)))),
             Ok(Outcome::Existed(hash)) => ("existed", Ok((put_response::Outcome::Existed, Some(hash)))),
             Ok(Outcome::NoRoom) => ("no_room", Ok((put_response::Outcome::NoRoom, None))),
+            Ok(Outcome::Deleted) => ("deleted", Ok((put_response::Outcome::Deleted, None))),
             Err(status) => ("failed", Err(status)),
         };
         metrics::put(label, started.elapsed().as_secs_f64());
@@ -352,11 +307,31 @@ impl Cache for Service {
         Ok(Response::new(DeleteResponse { objects, bytes }))
     }
 
+    async fn hold(&self, request: Request<HoldRequest>) -> Result<Response<HoldResponse>, Status> {
+        self.add_claims(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn delete_document(
+        &self,
+        request: Request<DeleteDocumentRequest>,
+    ) -> Result<Response<DeleteDocumentResponse>, Status> {
+        self.delete_claimed(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn pin(&self, request: Request<PinRequest>) -> Result<Response<PinResponse>, Status> {
+        self.pin_keys(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn unpin(&self, request: Request<UnpinRequest>) -> Result<Response<PinResponse>, Status> {
+        self.unpin_keys(request.into_inner()).await.map(Response::new)
+    }
+
     async fn stat(&self, _: Request<StatRequest>) -> Result<Response<StatResponse>, Status> {
         Ok(Response::new(self.core.stat()))
     }
 
     async fn members(&self, _: Request<MembersRequest>) -> Result<Response<MembersResponse>, Status> {
-        Ok(Response::new(self.fleet.members()))
+        let generation = self.core.journal.generation();
+        Ok(Response::new(MembersResponse { generation, ..self.fleet.members() }))
     }
 }

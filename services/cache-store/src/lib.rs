@@ -1,25 +1,42 @@
 //! Cache store: content-addressed chunk KV in RAM and on disk behind gRPC.
 //!
 //! The files are the truth: every object is one self-describing container, verified before it is published and
-//! again whenever it is read. All else — the catalogue in memory, the index, the RAM tier — is rebuilt from them.
+//! again whenever it is read; a journal beside them says which documents claim them, what was deleted and what is
+//! pinned. All else — the catalogue in memory, the index, the RAM tier — is rebuilt from them.
 //! Nothing that goes wrong here fails a reader's request: a chunk that cannot be served is *missing*, for a
 //! reason, and its reader computes it.
 
+mod answer;
 mod catalogue;
 mod changes;
+mod clock;
 mod core;
 mod disk;
 mod error;
 mod fleet;
+mod flight;
+#[doc(hidden)]
+pub mod fuzz;
 mod grpc;
 pub mod index;
+mod inspect;
+mod journal;
 mod keeper;
+mod lifecycle;
 pub mod metrics;
 mod options;
 mod ram;
 mod read;
+mod scan;
+mod scrub;
+mod surface;
+#[cfg(test)]
+mod testing;
 mod upload;
+mod verifier;
+pub mod verify;
 
+pub use clock::Clock;
 pub use error::Error;
 pub use grpc::Service;
 pub use options::Options;
@@ -28,8 +45,8 @@ use crate::core::Core;
 use crate::fleet::Fleet;
 use crate::index::{Embedded, Index, Kind, Redis};
 use crate::keeper::Keeper;
+use crate::surface::Surface;
 use cacheclip_rpc::v1::StatResponse;
-use cacheclip_rpc::v1::cache_server::CacheServer;
 use cacheclip_service::{Drain, Running, Server, seconds};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +56,9 @@ use tonic::service::Routes;
 
 /// Full gRPC name of the service.
 pub const SERVICE: &str = "cacheclip.v1.Cache";
+
+/// Shortest time between two turns of the sweeper.
+const LEAST_SWEEP: Duration = Duration::from_millis(10);
 
 /// Renewals of a lease in its time: two may fail.
 const RENEWALS: f64 = 3.0;
@@ -68,13 +88,17 @@ impl Handle {
 /// # Errors
 /// A directory that cannot be written or that another store uses; options that cannot work.
 pub async fn open(options: Options) -> Result<Store, Error> {
+    open_at(options, Clock::system()).await
+}
+
+async fn open_at(options: Options, clock: Clock) -> Result<Store, Error> {
     options.index.check()?;
     // What can be refused at once is refused before the files are read.
     let redis = match options.index.kind {
         Kind::Redis => Some(Redis::open(&options.node, &options.index).await?),
         Kind::Embedded => None,
     };
-    let core = Core::open(&options).await?;
+    let core = Core::open_at(&options, clock).await?;
     let index: Arc<dyn Index> = match redis {
         Some(redis) => Arc::new(redis),
         None => {
@@ -98,12 +122,19 @@ impl Store {
         Handle(Arc::clone(&self.core))
     }
 
+    /// Starts to remove what expires, and to read the objects again, for as long as the store is there.
+    fn look_after(&self) {
+        let (core, every) =
+            (Arc::downgrade(&self.core), seconds(self.options.sweep_seconds).max(LEAST_SWEEP));
+        tokio::spawn(lifecycle::run(core, self.core.closed.clone(), every));
+        let (core, rate) = (Arc::downgrade(&self.core), self.options.scrub_bytes_per_second);
+        tokio::spawn(scrub::run(core, self.core.closed.clone(), rate));
+    }
+
     /// The gRPC service, with message limits that fit frames of KV.
-    fn service(&self) -> CacheServer<Service> {
-        let message_bytes = self.options.service.max_message_bytes;
-        CacheServer::new(Service::new(Arc::clone(&self.core), &self.options, Arc::clone(&self.fleet)))
-            .max_decoding_message_size(message_bytes)
-            .max_encoding_message_size(message_bytes)
+    fn service(&self) -> Surface {
+        let service = Service::new(Arc::clone(&self.core), &self.options, Arc::clone(&self.fleet));
+        Surface::new(service, self.options.service.max_message_bytes)
     }
 
     /// Starts to keep the index for as long as `running` serves. The receiver hears when it has been asked once.
@@ -146,13 +177,17 @@ impl Drain for Serving {
 /// # Errors
 /// As [`open`]; an address in use.
 pub async fn serve(options: Options) -> anyhow::Result<Serving> {
+    serve_at(options, Clock::system()).await
+}
+
+async fn serve_at(options: Options, clock: Clock) -> anyhow::Result<Serving> {
     cacheclip_service::telemetry::install_recorder();
     Store::describe_metrics();
     let timeout = seconds(options.index.timeout_seconds);
     let (server, advertise) =
         (Server::new("cache-store", options.service.clone()), options.advertise.clone());
     let shared = options.index.kind == Kind::Redis;
-    let store = open(options).await?;
+    let store = open_at(options, clock).await?;
     let running = server.serve(Routes::new(store.service()), &[SERVICE]).await?;
     if shared && advertise.is_none() && running.grpc().ip().is_unspecified() {
         tracing::warn!(
@@ -161,6 +196,7 @@ pub async fn serve(options: Options) -> anyhow::Result<Serving> {
         );
     }
     store.fleet.is_at(advertise.unwrap_or_else(|| running.endpoint()));
+    store.look_after();
     let (keeper, contacted) = store.keep(&running);
     // Usually the fleet is known when this returns; it is no condition.
     let _ = tokio::time::timeout(timeout, contacted).await;
@@ -174,4 +210,12 @@ pub async fn serve(options: Options) -> anyhow::Result<Serving> {
 /// As [`serve`].
 pub async fn start(options: Options) -> anyhow::Result<Running> {
     Ok(serve(options).await?.running)
+}
+
+/// As [`start`], with claims, pins and deletions by another clock.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn start_at(options: Options, clock: Clock) -> anyhow::Result<Running> {
+    Ok(serve_at(options, clock).await?.running)
 }

@@ -1,9 +1,14 @@
 //! Metrics of the store: every name, label and meaning in one place.
 
+use cacheclip_rpc::v1::MissReason;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use std::time::UNIX_EPOCH;
 
 const REQUESTED: &str = "cacheclip_store_requested_chunks_total";
 const HIT: &str = "cacheclip_store_hit_chunks_total";
+const MISSING: &str = "cacheclip_store_missing_chunks_total";
+const EXPIRED: &str = "cacheclip_store_expired_total";
+const PINNED: &str = "cacheclip_store_pinned_bytes";
 const OBJECTS: &str = "cacheclip_store_objects";
 const USED: &str = "cacheclip_store_used_bytes";
 const CAPACITY: &str = "cacheclip_store_capacity_bytes";
@@ -16,12 +21,21 @@ const GET_SECONDS: &str = "cacheclip_store_get_seconds";
 const SENT: &str = "cacheclip_store_sent_bytes_total";
 const INDEX_UP: &str = "cacheclip_index_up";
 const INDEX_ERRORS: &str = "cacheclip_index_errors_total";
+const SCRUBBED_OBJECTS: &str = "cacheclip_scrub_objects_total";
+const SCRUBBED_BYTES: &str = "cacheclip_scrub_bytes_total";
+const SCRUB_PASSED: &str = "cacheclip_scrub_last_pass_timestamp_seconds";
 const DRIFT: &str = "cacheclip_index_blob_drift_objects";
 
 /// Registers descriptions and the zero values of series that may never move.
 pub fn describe() {
     describe_counter!(REQUESTED, "Chunks asked for by reads (lookups are probes and do not count)");
     describe_counter!(HIT, "Chunks that reads were served, by tier");
+    describe_counter!(
+        MISSING,
+        "Chunks that reads were not served, by reason; timeout: the client took too long"
+    );
+    describe_counter!(EXPIRED, "Containers removed because their time was over");
+    describe_gauge!(PINNED, Unit::Bytes, "Bytes of containers that are kept from eviction");
     describe_gauge!(OBJECTS, "Containers on disk");
     describe_gauge!(USED, Unit::Bytes, "Bytes of containers, by tier");
     describe_gauge!(CAPACITY, Unit::Bytes, "Most bytes of containers, by tier");
@@ -48,6 +62,23 @@ pub fn describe() {
         DRIFT,
         "Chunks of which the index may say something else than the files: missing in it, or stale"
     );
+    describe_counter!(SCRUBBED_OBJECTS, "Containers that the scrubber read from disk to their last byte");
+    describe_counter!(SCRUBBED_BYTES, Unit::Bytes, "Bytes that the scrubber read again, in RAM and on disk");
+    describe_gauge!(
+        SCRUB_PASSED,
+        Unit::Seconds,
+        "When the scrubber had been over all containers, in seconds since 1970; 0: not since the start"
+    );
+    counter!(SCRUBBED_OBJECTS).increment(0);
+    counter!(SCRUBBED_BYTES).increment(0);
+    gauge!(SCRUB_PASSED).set(0.0);
+    for reason in MISSES {
+        counter!(MISSING, "reason" => reason.label()).increment(0);
+    }
+    counter!(EXPIRED).increment(0);
+    for outcome in ["stored", "existed", "no_room", "deleted", "failed"] {
+        counter!(PUTS, "outcome" => outcome).increment(0);
+    }
     for tier in [RAM, DISK] {
         counter!(HIT, "tier" => tier).increment(0);
     }
@@ -59,14 +90,31 @@ pub fn describe() {
     }
     gauge!(INDEX_UP).set(0.0);
     drift(0, 0);
-    for place in ["put", "disk", "start"] {
+    for place in ["put", AT_DISK, "start", AT_SCRUB, AT_SCRUB_RAM] {
         counter!(VERIFY_FAILURES, "where" => place).increment(0);
     }
     counter!(QUARANTINED).increment(0);
 }
 
+/// Why a store does not serve a chunk.
+const MISSES: [MissReason; 8] = [
+    MissReason::NeverSeen,
+    MissReason::Evicted,
+    MissReason::Expired,
+    MissReason::Deleted,
+    MissReason::Layout,
+    MissReason::Corrupt,
+    MissReason::Timeout,
+    MissReason::Unavailable,
+];
+
 pub(crate) const RAM: &str = "ram";
 pub(crate) const DISK: &str = "disk";
+
+/// Where a damaged container was seen: in a read, by the scrubber on disk, by the scrubber in RAM.
+pub(crate) const AT_DISK: &str = "disk";
+pub(crate) const AT_SCRUB: &str = "scrub";
+pub(crate) const AT_SCRUB_RAM: &str = "scrub_ram";
 
 /// What was asked of the index.
 pub(crate) const LEASE: &str = "lease";
@@ -82,6 +130,19 @@ pub(crate) fn requested() {
 
 pub(crate) fn hit(tier: &'static str) {
     counter!(HIT, "tier" => tier).increment(1);
+}
+
+/// A chunk was not served.
+pub(crate) fn missing(reason: MissReason) {
+    counter!(MISSING, "reason" => reason.label()).increment(1);
+}
+
+pub(crate) fn expired() {
+    counter!(EXPIRED).increment(1);
+}
+
+pub(crate) fn pinned(bytes: u64) {
+    gauge!(PINNED).set(bytes as f64);
 }
 
 pub(crate) fn capacity(tier: &'static str, bytes: u64) {
@@ -100,13 +161,26 @@ pub(crate) fn evicted(tier: &'static str, reason: &'static str) {
     counter!(EVICTIONS, "tier" => tier, "reason" => reason).increment(1);
 }
 
-/// `place` is put, disk or start.
+/// `place` is put, start, or one of the `AT_` above.
 pub(crate) fn verify_failed(place: &'static str) {
     counter!(VERIFY_FAILURES, "where" => place).increment(1);
 }
 
 pub(crate) fn quarantined() {
     counter!(QUARANTINED).increment(1);
+}
+
+pub(crate) fn scrubbed(bytes: u64) {
+    counter!(SCRUBBED_BYTES).increment(bytes);
+}
+
+pub(crate) fn scrubbed_object() {
+    counter!(SCRUBBED_OBJECTS).increment(1);
+}
+
+/// The scrubber has been over everything.
+pub(crate) fn scrub_passed() {
+    gauge!(SCRUB_PASSED).set(UNIX_EPOCH.elapsed().map_or(0.0, |since| since.as_secs_f64()));
 }
 
 pub(crate) fn put(outcome: &'static str, seconds: f64) {

@@ -32,6 +32,16 @@ pub struct Options {
     pub read_ahead: usize,
     /// Longest time a client may take no frame, or bring none, before its request is given up.
     pub stall_seconds: f64,
+    /// Bytes per second that the scrubber reads again to find damage; 0: it does not run.
+    pub scrub_bytes_per_second: u64,
+    /// Seconds from publication after which an object expires that no document claims; 0: it does not.
+    pub ttl_seconds: u64,
+    /// Seconds between two turns of the sweeper, which removes what has expired. Nothing is served after its time,
+    /// removed or not.
+    pub sweep_seconds: f64,
+    /// Seconds for which deletions are remembered one by one. A write that began before the oldest that is
+    /// remembered is refused whatever its key: make it longer than any writer takes.
+    pub tombstone_seconds: u64,
 }
 
 impl Default for Options {
@@ -48,6 +58,10 @@ impl Default for Options {
             concurrent_puts: 4,
             read_ahead: 4,
             stall_seconds: 30.0,
+            scrub_bytes_per_second: 32 << 20,
+            ttl_seconds: 0,
+            sweep_seconds: 60.0,
+            tombstone_seconds: 30 * 24 * 3600,
         }
     }
 }

@@ -6,9 +6,10 @@
 
 use crate::metrics;
 use bytes::Bytes;
-use cacheclip_chunk::{ChunkKey, Head};
+use cacheclip_chunk::{ChunkKey, ContainerHash, Head};
+use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// Share of the capacity that new objects may fill.
 const SMALL_PERCENT: u64 = 10;
@@ -21,31 +22,30 @@ const GHOSTS: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Resident {
     pub(crate) head: Head,
-    segments: Box<[OnceLock<Bytes>]>,
+    segments: Box<[Mutex<Option<Bytes>>]>,
 }
 
 impl Resident {
     pub(crate) fn new(head: Head) -> Self {
-        let segments = head.segments().iter().map(|_| OnceLock::new()).collect();
+        let segments = head.segments().iter().map(|_| Mutex::default()).collect();
         Self { head, segments }
     }
 
     /// A segment's verified stored bytes, if it has been read.
     pub(crate) fn segment(&self, index: usize) -> Option<Bytes> {
-        self.segments.get(index)?.get().cloned()
-    }
-
-    /// Keeps a segment's verified bytes.
-    pub(crate) fn fill(&self, index: usize, stored: Bytes) {
-        if let Some(slot) = self.segments.get(index) {
-            // Another reader may have been first, with the same bytes.
-            let _ = slot.set(stored);
-        }
+        self.segments.get(index)?.lock().clone()
     }
 
     /// Whether all of these segments have been read.
     pub(crate) fn has(&self, mut segments: impl Iterator<Item = usize>) -> bool {
-        segments.all(|index| self.segments.get(index).is_some_and(|slot| slot.get().is_some()))
+        segments.all(|index| self.segments.get(index).is_some_and(|slot| slot.lock().is_some()))
+    }
+
+    /// Lets go of the segments: a reader that is slow keeps its object, but not the bytes of one that left the tier.
+    fn empty(&self) {
+        for slot in &self.segments {
+            *slot.lock() = None;
+        }
     }
 
     /// What it is charged: its whole container, though segments come one by one.
@@ -100,6 +100,18 @@ impl Ram {
         self.entries.get(key).map(|entry| &entry.object)
     }
 
+    /// The object with this container hash, if it is here; not a use.
+    pub(crate) fn peek_at(&self, key: &ChunkKey, container: ContainerHash) -> Option<&Arc<Resident>> {
+        self.peek(key).filter(|object| object.head.hash() == container)
+    }
+
+    /// Keeps a segment's verified bytes if their object is here: others are not within the budget.
+    pub(crate) fn fill(&self, key: &ChunkKey, container: ContainerHash, index: usize, stored: Bytes) {
+        if let Some(slot) = self.peek_at(key, container).and_then(|object| object.segments.get(index)) {
+            *slot.lock() = Some(stored);
+        }
+    }
+
     /// Takes an object in, evicting others. Objects larger than the tier stay out.
     pub(crate) fn insert(&mut self, object: Arc<Resident>) {
         let (key, bytes) = (object.head.key(), object.bytes());
@@ -131,6 +143,14 @@ impl Ram {
         }
     }
 
+    /// Removes this very object, not one that has taken its place.
+    pub(crate) fn remove_this(&mut self, object: &Arc<Resident>) {
+        let key = object.head.key();
+        if self.peek(&key).is_some_and(|it| Arc::ptr_eq(it, object)) {
+            self.remove(&key);
+        }
+    }
+
     pub(crate) fn used(&self) -> u64 {
         self.used
     }
@@ -140,6 +160,7 @@ impl Ram {
     }
 
     fn forget(&mut self, entry: &Entry) {
+        entry.object.empty();
         self.used -= entry.object.bytes();
         if !entry.in_main {
             self.small_used -= entry.object.bytes();
@@ -234,6 +255,21 @@ mod tests {
             assert!(held <= ram.capacity());
             assert_eq!(ram.small.len() + ram.main.len(), ram.entries.len());
         }
+    }
+
+    #[test]
+    fn what_left_the_tier_holds_no_bytes_and_takes_none_though_a_reader_has_it() {
+        let (first, second) = (object(1), object(2));
+        let (key, hash) = (first.head.key(), first.head.hash());
+        let mut ram = Ram::new(first.bytes());
+        ram.insert(Arc::clone(&first));
+        ram.fill(&key, hash, 0, Bytes::from_static(b"x"));
+        ram.fill(&key, ContainerHash::from_bytes([9; 32]), 0, Bytes::from_static(b"y"));
+        assert_eq!(first.segment(0).unwrap(), "x");
+        ram.insert(second);
+        assert_eq!(first.segment(0), None);
+        ram.fill(&key, hash, 0, Bytes::from_static(b"x"));
+        assert!(!first.has([0].into_iter()));
     }
 
     #[test]

@@ -1,6 +1,8 @@
-//! Reading objects, from RAM or disk, verified on the way from disk.
+//! Reading objects, from RAM or disk, verified on the way from disk; readers of one thing share one read of it.
 
+use crate::catalogue::Record;
 use crate::core::Core;
+use crate::flight::Flights;
 use crate::metrics;
 use crate::ram::Resident;
 use bytes::Bytes;
@@ -35,20 +37,7 @@ impl Core {
         let resident = self.ram.lock().get(key).filter(|object| object.head.hash() == record.hash);
         let object = match resident {
             Some(object) => object,
-            None => {
-                let bytes = self.read(key, 0, record.head_len, |bytes| {
-                    let head = Head::parse(bytes).map_err(|error| error.to_string())?;
-                    (head.hash() == record.hash)
-                        .then_some(())
-                        .ok_or_else(|| "its head is not the one that was published".to_owned())
-                });
-                let bytes = bytes.map_err(|damage| self.miss(key, record.hash, damage))?;
-                let head = Head::parse(&bytes).map_err(|_| MissReason::Corrupt)?;
-                let object = Arc::new(Resident::new(head));
-                self.ram.lock().insert(Arc::clone(&object));
-                self.gauge();
-                object
-            }
+            None => self.reads.heads.share((*key, record.hash), || self.read_head(key, &record))?,
         };
         if range.end > object.head.shape().layers {
             return Err(MissReason::Layout);
@@ -59,50 +48,70 @@ impl Core {
         Ok(Opened { object, tier })
     }
 
+    /// An object's head from disk, for the RAM tier if it has room.
+    fn read_head(&self, key: &ChunkKey, record: &Record) -> Result<Arc<Resident>, MissReason> {
+        // Another reader may just have brought it.
+        if let Some(object) = self.ram.lock().peek_at(key, record.hash) {
+            return Ok(Arc::clone(object));
+        }
+        let read = self.disk_part(key, 0, record.head_len).and_then(|bytes| check_head(&bytes, record.hash));
+        let head = read.map_err(|damage| self.miss(key, record.hash, damage, metrics::AT_DISK))?;
+        let object = Arc::new(Resident::new(head));
+        self.ram.lock().insert(Arc::clone(&object));
+        // It may have been deleted while it was read: then it must not stay in RAM either.
+        if self.catalogue.lock().record(key).is_none_or(|it| it.hash != record.hash) {
+            self.ram.lock().remove(key);
+        }
+        self.gauge();
+        Ok(object)
+    }
+
     /// A segment's stored bytes, verified. Blocking.
     pub(crate) fn segment(&self, object: &Resident, index: usize) -> Result<Bytes, MissReason> {
         if let Some(stored) = object.segment(index) {
             return Ok(stored);
         }
         let head = &object.head;
-        let key = head.key();
+        self.reads.segments.share((head.key(), head.hash(), index), || self.read_segment(head, index))
+    }
+
+    fn read_segment(&self, head: &Head, index: usize) -> Result<Bytes, MissReason> {
+        let (key, hash) = (head.key(), head.hash());
         let entry = head.segments().get(index).ok_or(MissReason::Corrupt)?;
-        let stored = self.read(&key, entry.offset, entry.stored_len as usize, |stored| {
-            head.verify_segment(index, stored).map_err(|error| error.to_string())
-        });
-        let stored = stored.map_err(|damage| self.miss(&key, head.hash(), damage))?;
-        object.fill(index, stored.clone());
+        // Another reader may just have brought it, for an object that came to the tier after this one left it.
+        let brought = self.ram.lock().peek_at(&key, hash).and_then(|object| object.segment(index));
+        if let Some(stored) = brought {
+            return Ok(stored);
+        }
+        let read = self.disk_part(&key, entry.offset, entry.stored_len as usize);
+        let read = read.and_then(|stored| check_segment(head, index, stored));
+        let stored = read.map_err(|damage| self.miss(&key, hash, damage, metrics::AT_DISK))?;
+        self.ram.lock().fill(&key, hash, index, stored.clone());
         Ok(stored)
     }
 
-    fn read(
-        &self,
-        key: &ChunkKey,
-        offset: u64,
-        len: usize,
-        verify: impl FnOnce(&[u8]) -> Result<(), String>,
-    ) -> Result<Bytes, Damage> {
-        let bytes = self.disk.read(key, offset, len).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => Damage::Certain("it is cut off".into()),
-            io::ErrorKind::NotFound => Damage::Gone,
-            _ if error.raw_os_error() == Some(EIO) => Damage::Certain(error.to_string()),
-            // Too many open files, say: nothing is wrong with the object.
-            _ => Damage::None(error),
-        })?;
-        verify(&bytes).map_err(Damage::Certain)?;
-        Ok(bytes)
+    fn disk_part(&self, key: &ChunkKey, offset: u64, len: usize) -> Result<Bytes, Damage> {
+        #[cfg(test)]
+        self.reads.from_disk.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(self.disk.read(key, offset, len)?)
     }
 
     /// What a failed read means to the reader; sets the object aside where it is to blame.
-    fn miss(&self, key: &ChunkKey, container: ContainerHash, damage: Damage) -> MissReason {
+    pub(crate) fn miss(
+        &self,
+        key: &ChunkKey,
+        container: ContainerHash,
+        damage: Damage,
+        place: &'static str,
+    ) -> MissReason {
         match damage {
             Damage::None(error) => {
                 tracing::error!(%key, %error, "object cannot be read now");
                 return MissReason::Unavailable;
             }
-            Damage::Certain(why) => self.set_aside(key, container, &why),
+            Damage::Certain(why) => self.set_aside(key, container, place, &why),
             // Evicted or deleted while it was read, or removed by other hands.
-            Damage::Gone => self.set_aside(key, container, &"its file is gone"),
+            Damage::Gone => self.set_aside(key, container, place, &"its file is gone"),
         }
         let catalogue = self.catalogue.lock();
         match catalogue.record(key) {
@@ -116,8 +125,34 @@ impl Core {
 /// The medium's own word that it cannot read what it wrote.
 const EIO: i32 = 5;
 
+/// Whether these bytes are the head that was published.
+pub(crate) fn check_head(bytes: &[u8], published: ContainerHash) -> Result<Head, Damage> {
+    let head = Head::parse(bytes).map_err(|error| Damage::Certain(error.to_string()))?;
+    if head.hash() == published {
+        return Ok(head);
+    }
+    Err(Damage::Certain("its head is not the one that was published".into()))
+}
+
+/// Whether these are the stored bytes of a segment.
+pub(crate) fn check_segment(head: &Head, index: usize, stored: Bytes) -> Result<Bytes, Damage> {
+    head.verify_segment(index, &stored).map_err(|error| Damage::Certain(error.to_string()))?;
+    Ok(stored)
+}
+
+/// Reads of objects under way.
+#[derive(Debug, Default)]
+pub(crate) struct Reads {
+    heads: Flights<(ChunkKey, ContainerHash), Result<Arc<Resident>, MissReason>>,
+    segments: Flights<(ChunkKey, ContainerHash, usize), Result<Bytes, MissReason>>,
+    /// Reads of files.
+    #[cfg(test)]
+    from_disk: std::sync::atomic::AtomicUsize,
+}
+
 /// What a failed read says about the object.
-enum Damage {
+#[derive(Debug)]
+pub(crate) enum Damage {
     /// Nothing: the process lacks something.
     None(io::Error),
     /// It is not what was published.
@@ -126,10 +161,104 @@ enum Damage {
     Gone,
 }
 
+impl From<io::Error> for Damage {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => Self::Certain("it is cut off".into()),
+            io::ErrorKind::NotFound => Self::Gone,
+            _ if error.raw_os_error() == Some(EIO) => Self::Certain(error.to_string()),
+            // Too many open files, say: nothing is wrong with the object.
+            _ => Self::None(error),
+        }
+    }
+}
+
 /// Segments that a read of layers brings: spans and rank first, because they are small and planning starts with
 /// them, then the layers.
 pub(crate) fn wanted(head: &Head, range: &Range<u32>) -> Vec<usize> {
     let end = if range.end == 0 { head.shape().layers } else { range.end };
     let extras = [SegmentKind::Spans, SegmentKind::Rank].into_iter().filter_map(|kind| head.segment_of(kind));
     extras.chain((range.start..end).filter_map(|layer| head.layer_segment(layer).ok())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Options;
+    use crate::testing::{self, Chunk};
+    use std::sync::atomic::Ordering;
+    use std::thread;
+
+    const READERS: usize = 8;
+
+    /// A store with one object and a RAM tier of so many bytes.
+    async fn store(dir: &std::path::Path, ram_bytes: u64) -> (Arc<Core>, Chunk) {
+        let chunk = testing::chunk(1);
+        testing::lay(dir, &chunk);
+        let core = Core::open(&Options { ram_bytes, ..testing::options(dir) }).await.unwrap();
+        (core, chunk)
+    }
+
+    fn wait_until(arrived: impl Fn() -> bool) {
+        while !arrived() {
+            thread::yield_now();
+        }
+    }
+
+    /// Lets readers come while `lead` reads, which ends when all of them are aboard; how often the disk was read.
+    fn while_reading<T: Send>(
+        core: &Core,
+        aboard: impl Fn() -> usize,
+        lead: impl FnOnce() -> T + Send,
+        read: impl Fn() -> T + Sync,
+    ) -> (usize, Vec<T>) {
+        let before = core.reads.from_disk.load(Ordering::Relaxed);
+        let read = &read;
+        let all = thread::scope(|scope| {
+            let leader = scope.spawn(lead);
+            wait_until(|| aboard() == 1);
+            let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(read)).collect();
+            readers.into_iter().chain([leader]).map(|it| it.join().unwrap()).collect()
+        });
+        (core.reads.from_disk.load(Ordering::Relaxed) - before, all)
+    }
+
+    #[tokio::test]
+    async fn readers_of_one_cold_object_share_its_reads_though_ram_cannot_keep_it() {
+        for ram_bytes in [0, 1 << 20] {
+            let dir = tempfile::tempdir().unwrap();
+            let (core, Chunk { key, head, .. }) = store(dir.path(), ram_bytes).await;
+            let record = core.catalogue.lock().record(&key).unwrap();
+            let id = (key, record.hash);
+            let aboard = || core.reads.heads.aboard(&id);
+            let lead = || {
+                core.reads.heads.share(id, || {
+                    wait_until(|| aboard() > READERS);
+                    core.read_head(&key, &record)
+                })
+            };
+            let open = || core.open_object(head.layout(), &key, &(0..0)).map(|opened| opened.object);
+            let (reads, opened) = while_reading(&core, aboard, lead, open);
+            assert_eq!((reads, opened.len()), (1, READERS + 1));
+
+            let id = (key, record.hash, 2);
+            let aboard = || core.reads.segments.aboard(&id);
+            let lead = || {
+                core.reads.segments.share(id, || {
+                    wait_until(|| aboard() > READERS);
+                    core.read_segment(&head, 2)
+                })
+            };
+            // Each has an object of its own, as where the tier keeps none.
+            let read = || core.segment(&Resident::new(head.clone()), 2);
+            let (reads, read) = while_reading(&core, aboard, lead, read);
+            assert_eq!(reads, 1);
+            assert!(read.iter().all(|stored| head.verify_segment(2, stored.as_ref().unwrap()).is_ok()));
+
+            let object = opened[0].as_ref().unwrap();
+            core.segment(object, 2).unwrap();
+            let again = core.reads.from_disk.load(Ordering::Relaxed);
+            assert_eq!(again, if ram_bytes == 0 { 3 } else { 2 }, "RAM is asked before the disk");
+        }
+    }
 }

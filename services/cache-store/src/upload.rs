@@ -1,14 +1,18 @@
 //! Receiving a container: written to a temporary file and verified as it comes, published when all of it was good.
 
 use crate::catalogue::Record;
-use crate::core::Core;
-use crate::metrics;
-use bytes::{Buf as _, Bytes, BytesMut};
-use cacheclip_chunk::container::head::HEADER_LEN;
-use cacheclip_chunk::container::parse_spans;
-use cacheclip_chunk::{ChunkKey, ContainerHash, FormatError, Head, LayoutId, SegmentKind};
+use crate::core::{Core, Published};
+use crate::journal::Claim;
+use crate::verifier::Verifier;
+use bytes::Bytes;
+use cacheclip_chunk::{ChunkKey, ContainerHash, LayoutId};
 use std::io::{self, Seek, SeekFrom, Write};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Bytes after which the system is asked to begin writing them to the disk: the end of a large object then waits for
+/// its last bytes alone.
+const WRITE_BACK: u64 = 8 << 20;
 
 /// What a writer announced.
 #[derive(Clone, Copy, Debug)]
@@ -18,12 +22,22 @@ pub(crate) struct Announced {
     pub(crate) bytes: u64,
 }
 
+/// For whom a writer writes, and since when.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Writer {
+    pub(crate) claim: Option<Claim>,
+    /// The generation at which it began.
+    pub(crate) begun: u64,
+}
+
 /// How a put ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     Stored(ContainerHash),
     Existed(ContainerHash),
     NoRoom,
+    /// The key or the document was deleted after the writer began.
+    Deleted,
 }
 
 /// Why a put failed.
@@ -36,25 +50,33 @@ pub(crate) enum Failed {
     Io(#[from] io::Error),
 }
 
-fn damaged(error: FormatError) -> Failed {
-    metrics::verify_failed("put");
-    Failed::Invalid("data", error.to_string())
-}
-
 impl Core {
-    /// Takes a container's bytes until `frames` ends. Blocking.
+    /// Takes a container's bytes until `frames` ends, unless the writer has given up. Blocking.
     pub(crate) fn receive(
         &self,
         announced: Announced,
+        writer: Writer,
         mut frames: mpsc::Receiver<Bytes>,
+        given_up: &CancellationToken,
     ) -> Result<Outcome, Failed> {
-        if let Some(Record { hash, .. }) = self.catalogue.lock().record(&announced.key) {
+        let (key, begun) = (announced.key, writer.begun);
+        // Before its bytes: from now on the document's deletion finds it.
+        if let Some(claim) = writer.claim
+            && !self.hold(announced.layout, &[key], claim, begun)?
+        {
+            return Ok(Outcome::Deleted);
+        }
+        if self.catalogue.lock().has_expired(&key) {
+            let _changes = self.changes.lock();
+            self.remove_expired(&[key])?;
+        }
+        if let Some(Record { hash, .. }) = self.catalogue.lock().record(&key) {
             return Ok(Outcome::Existed(hash));
         }
         let Some(room) = Room::reserve(self, announced.bytes) else { return Ok(Outcome::NoRoom) };
         let mut temporary = self.disk.create()?;
         let mut verifier = Verifier::new(announced);
-        let mut written = 0;
+        let (mut written, mut begun_to) = (0, 0);
         while let Some(frame) = frames.blocking_recv() {
             verifier.push(&frame)?;
             let full = || self.free(announced.bytes);
@@ -62,18 +84,31 @@ impl Core {
                 return Ok(Outcome::NoRoom);
             }
             written += frame.len() as u64;
+            if written - begun_to >= WRITE_BACK {
+                match temporary.file.write_back() {
+                    Err(error) if error.kind() == io::ErrorKind::StorageFull => return Ok(Outcome::NoRoom),
+                    begun => begun?,
+                }
+                begun_to = written;
+            }
+        }
+        if given_up.is_cancelled() {
+            return Err(Failed::Invalid("data", "the put was given up; put again".into()));
         }
         let head = verifier.finish()?;
         match temporary.file.sync_all() {
             Err(error) if error.kind() == io::ErrorKind::StorageFull => return Ok(Outcome::NoRoom),
             synced => synced?,
         }
-        if self.publish(temporary, &head)? {
-            room.keep();
-            return Ok(Outcome::Stored(head.hash()));
+        let document = writer.claim.map(|claim| claim.document);
+        match self.publish(temporary, &head, begun, document)? {
+            Published::Stored => {
+                room.keep();
+                Ok(Outcome::Stored(head.hash()))
+            }
+            Published::Existed(first) => Ok(Outcome::Existed(first)),
+            Published::Deleted => Ok(Outcome::Deleted),
         }
-        let first = self.catalogue.lock().record(&announced.key);
-        Ok(Outcome::Existed(first.map_or(head.hash(), |record| record.hash)))
     }
 }
 
@@ -120,97 +155,10 @@ fn write_at(
     }
 }
 
-/// Checks a container while it comes, holding one segment of it.
-struct Verifier {
-    announced: Announced,
-    head: Option<Head>,
-    /// The segment that comes next.
-    index: usize,
-    /// Bytes that are not checked yet, and where in the container they start.
-    buffer: BytesMut,
-    at: u64,
-}
-
-impl Verifier {
-    fn new(announced: Announced) -> Self {
-        Self { announced, head: None, index: 0, buffer: BytesMut::new(), at: 0 }
-    }
-
-    fn push(&mut self, frame: &[u8]) -> Result<(), Failed> {
-        let received = self.at + self.buffer.len() as u64 + frame.len() as u64;
-        if received > self.announced.bytes {
-            let why = format!("{received} bytes came, {} were announced", self.announced.bytes);
-            return Err(Failed::Invalid("data", why));
-        }
-        self.buffer.extend_from_slice(frame);
-        while self.step()? {}
-        Ok(())
-    }
-
-    /// Checks what can be checked; whether there may be more.
-    fn step(&mut self) -> Result<bool, Failed> {
-        let Some(head) = &self.head else { return self.step_head() };
-        let Some(entry) = head.segments().get(self.index) else { return Ok(false) };
-        let padding = (entry.offset - self.at).min(self.buffer.len() as u64) as usize;
-        if padding > 0 {
-            if let Some(at) = self.buffer[..padding].iter().position(|&byte| byte != 0) {
-                return Err(damaged(FormatError::Padding { offset: self.at + at as u64 }));
-            }
-            self.advance(padding);
-            return Ok(true);
-        }
-        let len = entry.stored_len as usize;
-        if self.at < entry.offset || self.buffer.len() < len {
-            return Ok(false);
-        }
-        let kind = entry.kind;
-        let raw = head.decode_segment(self.index, &self.buffer[..len]).map_err(damaged)?;
-        if kind == SegmentKind::Spans {
-            parse_spans(self.index, &raw).map_err(damaged)?;
-        }
-        self.advance(len);
-        self.index += 1;
-        Ok(true)
-    }
-
-    fn step_head(&mut self) -> Result<bool, Failed> {
-        if self.buffer.len() < HEADER_LEN {
-            return Ok(false);
-        }
-        let len = Head::len_from_prefix(&self.buffer).map_err(damaged)?;
-        if self.buffer.len() < len {
-            return Ok(false);
-        }
-        let head = Head::parse(&self.buffer).map_err(damaged)?;
-        let Announced { layout, key, bytes } = self.announced;
-        if head.key() != key {
-            return Err(Failed::Invalid("head.key", format!("the container holds {}", head.key())));
-        }
-        if head.layout() != layout {
-            return Err(Failed::Invalid("head.layout", format!("the container holds {}", head.layout())));
-        }
-        if head.container_len() != bytes {
-            let why = format!("the container has {} bytes", head.container_len());
-            return Err(Failed::Invalid("head.bytes", why));
-        }
-        self.head = Some(head);
-        self.advance(len);
-        Ok(true)
-    }
-
-    fn advance(&mut self, bytes: usize) {
-        self.buffer.advance(bytes);
-        self.at += bytes as u64;
-    }
-
-    fn finish(self) -> Result<Head, Failed> {
-        let (expected, found) = (self.announced.bytes, self.at + self.buffer.len() as u64);
-        match self.head {
-            Some(head) if self.index == head.segments().len() => Ok(head),
-            // A writer that went away is no damage.
-            _ => Err(Failed::Invalid("data", FormatError::Length { expected, found }.to_string())),
-        }
-    }
+/// Whether a container is taken that comes in these frames.
+pub(crate) fn takes<'a>(announced: Announced, mut frames: impl Iterator<Item = &'a [u8]>) -> bool {
+    let mut verifier = Verifier::new(announced);
+    frames.all(|frame| verifier.push(frame).is_ok()) && verifier.finish().is_ok()
 }
 
 #[cfg(test)]

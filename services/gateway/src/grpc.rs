@@ -1,5 +1,6 @@
 //! The `Gateway` service.
 
+use crate::deletion::Deletion;
 use crate::generate::{self, Relay};
 use crate::ingest::Ingest;
 use crate::request::{Generation, tenant};
@@ -22,6 +23,7 @@ const EVENTS: usize = 32;
 pub(crate) struct Shared {
     pub(crate) relay: Relay,
     pub(crate) ingest: Ingest,
+    pub(crate) deletion: Deletion,
     pub(crate) sections: Sections,
     pub(crate) tenant_header: String,
     pub(crate) default_answer: u32,
@@ -56,6 +58,18 @@ impl v1::gateway_server::Gateway for Service {
         let shared = Arc::clone(&self.0);
         request_id::spawn(async move { shared.ingest.run(tenant, request.into_inner(), progress).await });
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn delete_document(
+        &self,
+        request: Request<v1::DeleteIngestedRequest>,
+    ) -> Result<Response<v1::DeletionReceipt>, Status> {
+        let tenant = tenant(request.metadata(), &self.0.tenant_header)?;
+        // A caller that goes away must not leave the fleet asked by halves.
+        let deletion = self.0.deletion.clone();
+        let running = request_id::spawn(async move { deletion.run(&tenant, request.into_inner()).await });
+        let receipt = running.await.map_err(|error| Status::internal(format!("deleting failed: {error}")))?;
+        receipt.map(Response::new)
     }
 
     async fn get_capabilities(

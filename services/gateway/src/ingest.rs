@@ -2,7 +2,7 @@
 
 use crate::metrics;
 use crate::peers::wanted;
-use crate::request::{check_chunks, check_model, check_name};
+use crate::request::{check_chunks, check_document, check_model, check_name};
 use crate::scorer::{Asked, Scorers};
 use crate::sections::{Chunk, Sections, keyed};
 use crate::worker::{Described, Workers, passed_on, within, worth_another};
@@ -22,6 +22,16 @@ pub(crate) type Progress = mpsc::Sender<Result<v1::IngestProgress, Status>>;
 const ATTEMPTS: u32 = 8;
 /// Pause before asking again when a busy worker gave no hint.
 const PAUSE: Duration = Duration::from_millis(500);
+
+/// What became of a batch.
+struct Computed {
+    /// How many of the chunks were computed now.
+    computed: usize,
+    /// Tokens of all of them.
+    tokens: usize,
+    /// Whether a scorer has their auxiliary KV, or there are no scorers.
+    prepared: bool,
+}
 
 /// Computes documents' chunks. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -73,11 +83,20 @@ impl Ingest {
         let described = self.workers.described()?;
         check_model(&format!("{within}model"), &document.model, &described)?;
         check_name(&format!("{within}salt"), &document.salt)?;
+        check_document(&format!("{within}document"), &document.document)?;
+        if document.document.is_empty() && document.ttl_seconds > 0 {
+            let why = "must not be empty where ttl_seconds is set: only a document expires";
+            return Err(invalid(&format!("{within}document"), why));
+        }
         if document.chunks.is_empty() {
             return Err(invalid(&format!("{within}chunks"), "must not be empty"));
         }
         // The whole document is checked before any of it is computed.
         check_chunks(&within, &document.chunks)?;
+        let hold = (!document.document.is_empty()).then(|| v1::Hold {
+            document: id_bytes(self.sections.document(tenant, &document.salt, &document.document).as_bytes()),
+            ttl_seconds: document.ttl_seconds,
+        });
         let mut done = v1::IngestProgress { document: document.document, ..Default::default() };
         let mut chunks = document.chunks.into_iter().enumerate();
         loop {
@@ -86,10 +105,12 @@ impl Ingest {
                 return Ok(());
             }
             let batch = self.tokenise(&within, batch, tenant, &document.salt, &described).await?;
-            let (computed, tokens) = self.compute(&batch, &described).await?;
+            let Computed { computed, tokens, prepared } =
+                self.compute(&batch, hold.as_ref(), &described).await?;
             done.chunks_done += batch.len() as u32;
             done.chunks_computed += computed as u32;
             done.tokens += tokens as u64;
+            done.chunks_unprepared += if prepared { 0 } else { batch.len() as u32 };
             metrics::ingested(computed, batch.len() - computed);
             // A caller that is gone is noticed by `run`.
             let _ = progress.send(Ok(done.clone())).await;
@@ -115,17 +136,27 @@ impl Ingest {
         .await?
     }
 
-    /// Returns how many of the chunks were computed now, and the tokens of all.
-    async fn compute(&self, batch: &[Chunk], described: &Described) -> Result<(usize, usize), Status> {
+    async fn compute(
+        &self,
+        batch: &[Chunk],
+        hold: Option<&v1::Hold>,
+        described: &Described,
+    ) -> Result<Computed, Status> {
         let asked: Vec<Asked> = batch.iter().map(|chunk| chunk.asked.clone()).collect();
         let request = v1::PrecomputeRequest {
             layout: id_bytes(described.layout_id.as_bytes()),
             anchor: id_bytes(described.anchor.as_bytes()),
             chunks: batch.iter().map(|chunk| keyed(&chunk.key, &chunk.section)).collect(),
+            hold: hold.cloned(),
         };
-        let (reply, ()) = tokio::join!(self.precompute(request), self.scorers.prepare(&asked, self.limit));
+        let (reply, prepared) =
+            tokio::join!(self.precompute(request), self.scorers.prepare(&asked, hold, self.limit));
         let computed = reply?.computed.into_iter().filter(|computed| *computed).count();
-        Ok((computed.min(batch.len()), batch.iter().map(|chunk| chunk.section.ids.len()).sum()))
+        Ok(Computed {
+            computed: computed.min(batch.len()),
+            tokens: batch.iter().map(|chunk| chunk.section.ids.len()).sum(),
+            prepared,
+        })
     }
 
     /// Ingest is the one caller that can wait: where all workers are busy with questions, it comes back later.

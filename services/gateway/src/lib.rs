@@ -10,6 +10,7 @@
 //! A gateway keeps no state that two replicas could disagree on: what it learned from the worker and how texts
 //! tokenise can be found out again by either.
 
+mod deletion;
 mod error;
 mod generate;
 mod grpc;
@@ -28,6 +29,7 @@ pub use options::{DEVELOPMENT_SECRET, Options};
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::gateway_server::GatewayServer;
 use cacheclip_service::{Running, Server, seconds, telemetry};
+use deletion::Deletion;
 use generate::Relay;
 use grpc::{Service, Shared};
 use ingest::Ingest;
@@ -64,6 +66,11 @@ pub async fn start(options: Options) -> Result<Running, Error> {
     let sections = Sections::new(composer.clone(), secret, options.token_cache_bytes);
     let limit = seconds(options.worker_timeout_seconds);
     let shared = Shared {
+        deletion: Deletion {
+            workers: workers.clone(),
+            scorers: scorers.clone(),
+            sections: sections.clone(),
+        },
         relay: Relay { workers: workers.clone(), scorers: scorers.clone(), idle: limit },
         ingest: Ingest {
             workers: workers.clone(),

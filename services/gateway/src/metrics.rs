@@ -19,6 +19,7 @@ const RESTARTS: &str = "cacheclip_gateway_restarts_total";
 const UNPREPARED: &str = "cacheclip_gateway_unprepared_chunks_total";
 const PEERS: &str = "cacheclip_gateway_peers";
 const INGESTED: &str = "cacheclip_gateway_ingested_chunks_total";
+const DELETIONS: &str = "cacheclip_gateway_deletions_total";
 
 /// Why importance sets were not there.
 pub const FALLBACKS: [&str; 5] = ["not_configured", "timeout", "unavailable", "refused", "text"];
@@ -56,6 +57,13 @@ pub fn describe() {
     describe_counter!(INGESTED, "Chunks ingested, by result: computed, stored (was there already)");
     FALLBACKS.iter().for_each(|&reason| counter!(FALLBACK, "reason" => reason).increment(0));
     counter!(HIT).increment(0);
+    describe_counter!(
+        DELETIONS,
+        "Deletions of documents that were asked for, by result: complete, pending (somebody did not answer)"
+    );
+    for result in ["complete", "pending"] {
+        counter!(DELETIONS, "result" => result).increment(0);
+    }
 }
 
 pub(crate) fn request(policy: &'static str, code: tonic::Code) {
@@ -95,6 +103,10 @@ pub(crate) fn tokenised(result: &'static str) {
 pub(crate) fn ingested(computed: usize, stored: usize) {
     counter!(INGESTED, "result" => "computed").increment(computed as u64);
     counter!(INGESTED, "result" => "stored").increment(stored as u64);
+}
+
+pub(crate) fn deleted(complete: bool) {
+    counter!(DELETIONS, "result" => if complete { "complete" } else { "pending" }).increment(1);
 }
 
 pub(crate) fn restarted() {

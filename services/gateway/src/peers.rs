@@ -206,6 +206,14 @@ impl Peers {
         })
     }
 
+    /// All of them, heard of or not, and the names among `seeds` behind which nobody has been found yet.
+    pub(crate) fn all(&self) -> (Vec<Arc<Peer>>, Vec<String>) {
+        let peers = self.0.peers.read().clone();
+        let named = self.0.seeds.iter().filter(|seed| seed.starts_with("dns+"));
+        let unknown = named.filter(|_| peers.is_empty()).cloned().collect();
+        (peers, unknown)
+    }
+
     /// How many there are, and how many of them are live.
     fn count(&self) -> (usize, usize) {
         let peers = self.0.peers.read();

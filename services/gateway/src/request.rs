@@ -10,6 +10,8 @@ use tonic::metadata::MetadataMap;
 
 /// Longest name of a tenant or corpus, and longest salt, in bytes.
 const LONGEST_NAME: usize = 256;
+/// Longest name of a document, in bytes: a long path.
+const LONGEST_DOCUMENT: usize = 4096;
 /// The tenant of callers that name none.
 const DEFAULT_TENANT: &str = "default";
 
@@ -118,8 +120,17 @@ pub(crate) fn check_chunks(within: &str, chunks: &[v1::Chunk]) -> Result<(), Sta
 }
 
 pub(crate) fn check_name(field: &str, name: &str) -> Result<(), Status> {
-    if name.len() > LONGEST_NAME {
-        return Err(invalid(field, format_args!("has {} bytes, {LONGEST_NAME} are allowed", name.len())));
+    at_most(LONGEST_NAME, field, name)
+}
+
+/// Checks a document's name.
+pub(crate) fn check_document(field: &str, name: &str) -> Result<(), Status> {
+    at_most(LONGEST_DOCUMENT, field, name)
+}
+
+fn at_most(bytes: usize, field: &str, name: &str) -> Result<(), Status> {
+    if name.len() > bytes {
+        return Err(invalid(field, format_args!("has {} bytes, {bytes} are allowed", name.len())));
     }
     Ok(())
 }

@@ -2,12 +2,12 @@
 //! without scores, one rung down.
 
 use crate::metrics;
-use crate::peers::{Chosen, Peers};
+use crate::peers::{Chosen, Peer, Peers};
 use crate::worker::{ANNOUNCEMENT_BYTES, passed_on, within, worth_another};
 use cacheclip_rpc::convert::id_bytes;
 use cacheclip_rpc::v1::scorer_client::ScorerClient;
 use cacheclip_rpc::v1::{
-    Importance, PrepareRequest, Residency, ScoreChunk, ScoreMode, ScoreRequest, ScoreResponse, Stage,
+    Hold, Importance, PrepareRequest, Residency, ScoreChunk, ScoreMode, ScoreRequest, ScoreResponse, Stage,
     WatchRequest,
 };
 use cacheclip_service::residency::short;
@@ -143,19 +143,34 @@ impl Scorers {
         let wanted: Vec<(u64, u32)> =
             chunks.iter().map(|chunk| (short(&chunk.digest), chunk.text.len() as u32)).collect();
         Ok(peers.choose(&wanted, tried).map(|scorer| {
-            let client = ScorerClient::new(scorer.channel())
-                .max_decoding_message_size(self.message_bytes)
-                .max_encoding_message_size(self.message_bytes);
+            let client = self.client(&scorer);
             (scorer, client)
         }))
     }
 
-    /// Has a scorer compute, keep and store the auxiliary KV of chunks. Failing costs the first question some
-    /// time and nothing else, so it is only counted.
-    pub(crate) async fn prepare(&self, chunks: &[Asked], limit: Duration) {
-        let Ok(Some((_scorer, mut client))) = self.choose(chunks, &[]) else { return };
+    /// A client for one call to a scorer.
+    pub(crate) fn client(&self, scorer: &Peer) -> ScorerClient<Channel> {
+        ScorerClient::new(scorer.channel())
+            .max_decoding_message_size(self.message_bytes)
+            .max_encoding_message_size(self.message_bytes)
+    }
+
+    /// All scorers, and names behind which none was found.
+    pub(crate) fn all(&self) -> (Vec<Arc<Peer>>, Vec<String>) {
+        self.peers.as_ref().map(Peers::all).unwrap_or_default()
+    }
+
+    /// Has a scorer compute, keep and store the auxiliary KV of chunks, for the document that `hold` names. Failing
+    /// keeps nobody from ingesting: it is counted, and told.
+    pub(crate) async fn prepare(&self, chunks: &[Asked], hold: Option<&Hold>, limit: Duration) -> bool {
+        let (_scorer, mut client) = match self.choose(chunks, &[]) {
+            Ok(Some(chosen)) => chosen,
+            // Without scorers nothing is to be prepared.
+            Err(_) => return true,
+            Ok(None) => return false,
+        };
         let call = async {
-            let mut request = PrepareRequest { chunks: digests(chunks) };
+            let mut request = PrepareRequest { chunks: digests(chunks), hold: hold.cloned() };
             let reply =
                 client.prepare(request_id::outgoing(Request::new(request.clone()))).await?.into_inner();
             if reply.need_text.is_empty() {
@@ -164,11 +179,11 @@ impl Scorers {
             add_text(&mut request.chunks, chunks, &reply.need_text);
             client.prepare(request_id::outgoing(Request::new(request))).await.map(drop)
         };
-        if let Err(failed) = within(limit, "the scorer's preparation", call).await {
-            let Missing { label, why } = failed.into();
-            metrics::unprepared(label, chunks.len());
-            tracing::warn!(reason = label, why, "chunks are not prepared for scoring");
-        }
+        let Err(failed) = within(limit, "the scorer's preparation", call).await else { return true };
+        let Missing { label, why } = failed.into();
+        metrics::unprepared(label, chunks.len());
+        tracing::warn!(reason = label, why, "chunks are not prepared for scoring");
+        false
     }
 }
 

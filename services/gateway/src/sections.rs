@@ -4,7 +4,7 @@ use crate::metrics;
 use crate::request::Generation;
 use crate::scorer::Asked;
 use crate::worker::Described;
-use cacheclip_chunk::{ChunkKey, Scope, ScopeId, ScopeSecret, text_digest};
+use cacheclip_chunk::{ChunkKey, DocumentId, Scope, ScopeId, ScopeSecret, text_digest};
 use cacheclip_plan::Policy;
 use cacheclip_prompt::{Composer, Section};
 use cacheclip_rpc::convert::{flat_spans, id_bytes};
@@ -66,6 +66,11 @@ impl Sections {
         let scope =
             if chunk.corpus.is_empty() { Scope::Tenant(tenant) } else { Scope::Corpus(&chunk.corpus) };
         self.secret.scope(scope, salt)
+    }
+
+    /// What stores know a tenant's document by. A tenant's own, whosever its chunks are.
+    pub(crate) fn document(&self, tenant: &str, salt: &str, name: &str) -> DocumentId {
+        DocumentId::new(&self.secret.scope(Scope::Tenant(tenant), salt), name)
     }
 
     /// Tokens and names of one chunk. `field` is how an error calls it.

@@ -98,6 +98,11 @@ impl Workers {
         self.peers.choose(wanted, tried)
     }
 
+    /// All workers, and names behind which none was found.
+    pub(crate) fn all(&self) -> (Vec<Arc<Peer>>, Vec<String>) {
+        self.peers.all()
+    }
+
     /// A client for one call to a worker.
     pub(crate) fn client(&self, worker: &Peer) -> WorkerClient<Channel> {
         WorkerClient::new(worker.channel())

@@ -4,24 +4,23 @@ use crate::engine::{self, Engine, Event, Generation, Outcome, Owed, Placed, Tena
 use crate::layout::{Anchor, Layout};
 use crate::loader::{self, Found, Loader, Opened};
 use crate::metrics;
+use crate::ram::{Mark, Ram, Set};
 use crate::report;
 use crate::request::{self, Limits, Request};
-use cacheclip_plan::{Policy, Rung, Scored, choose_rung};
+use cacheclip_chunk::DocumentId;
+use cacheclip_plan::{Policy, Rung, choose_rung};
+use cacheclip_rpc::convert;
 use cacheclip_rpc::status::{exhausted, invalid, unavailable};
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::worker_request::Request as Part;
 use cacheclip_service::request_id;
 use cacheclip_service::residency::{Announcer, Load};
-use quick_cache::sync::Cache;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
-
-/// Scored spans per chunk, as kept for the next time the same question meets the same chunks.
-type Set = Arc<Vec<Vec<Scored>>>;
 
 /// Longest wait for the first message of a stream.
 const FIRST_MESSAGE: Duration = Duration::from_secs(10);
@@ -33,6 +32,7 @@ const RETRY: Duration = Duration::from_millis(500);
 pub(crate) struct Shared {
     pub(crate) engine: Engine,
     pub(crate) loader: Loader,
+    pub(crate) ram: Ram,
     pub(crate) layout: Arc<Layout>,
     pub(crate) anchor: Anchor,
     pub(crate) limits: Limits,
@@ -43,7 +43,6 @@ pub(crate) struct Shared {
     pub(crate) fuse_rank: bool,
     pub(crate) probe: bool,
     pub(crate) pipeline: bool,
-    pub(crate) sets: Cache<[u8; 32], Set>,
     pub(crate) announcer: Announcer,
 }
 
@@ -87,8 +86,13 @@ impl v1::worker_server::Worker for Service {
         request: tonic::Request<v1::PrecomputeRequest>,
     ) -> Result<tonic::Response<v1::PrecomputeResponse>, Status> {
         let Shared { layout, anchor, limits, .. } = &*self.0;
-        let wanted = request::chunks(request.into_inner(), layout, anchor, limits)?;
-        let computed = self.0.loader.precompute(&wanted).await.map_err(to_status)?;
+        let mut request = request.into_inner();
+        let hold = request.hold.take();
+        if let Some(hold) = &hold {
+            convert::id::<DocumentId>("hold.document", &hold.document)?;
+        }
+        let wanted = request::chunks(request, layout, anchor, limits)?;
+        let computed = self.0.loader.precompute(&wanted, hold).await.map_err(to_status)?;
         Ok(tonic::Response::new(v1::PrecomputeResponse { computed }))
     }
 
@@ -100,11 +104,24 @@ impl v1::worker_server::Worker for Service {
         Ok(tonic::Response::new(v1::DescribeResponse {
             model: shared.model.clone(),
             layout: Some(shared.layout.to_proto()),
-            tokenizer: cacheclip_rpc::convert::id_bytes(&shared.tokenizer_digest),
+            tokenizer: convert::id_bytes(&shared.tokenizer_digest),
             anchor: shared.anchor.ids.to_vec(),
             max_tokens: shared.limits.max_tokens as u32,
             policies: Policy::NAMES.map(str::to_owned).to_vec(),
         }))
+    }
+
+    async fn delete_document(
+        &self,
+        request: tonic::Request<v1::DeleteDocumentRequest>,
+    ) -> Result<tonic::Response<v1::HolderDeletion>, Status> {
+        let document = convert::id("document", &request.into_inner().document)?;
+        // Whoever asked may go away: what the stores have deleted must be forgotten here all the same.
+        let loader = self.0.loader.clone();
+        let deleting = request_id::spawn(async move { loader.delete_document(&document).await });
+        let deletion =
+            deleting.await.map_err(|error| Status::internal(format!("deleting failed: {error}")))?;
+        Ok(tonic::Response::new(deletion))
     }
 
     type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
@@ -138,6 +155,7 @@ impl Shared {
         events: &mpsc::Sender<Result<v1::WorkerEvent, Status>>,
     ) -> Result<(), Status> {
         let full = request.policy == Policy::Full;
+        let mark = self.ram.mark();
         let load = async {
             let opened = match full {
                 true => Ok((Opened::default(), self.engine.owe(request.rows()))),
@@ -149,7 +167,7 @@ impl Shared {
         let ((opened, load_seconds), arrived) =
             tokio::join!(load, self.importance(&request, inbound, received));
         let (mut opened, owed) = opened.map_err(to_status)?;
-        let (rung, set) = self.rung(&request, &opened.found, &arrived)?;
+        let (rung, set) = self.rung(&request, &opened.found, &arrived, mark)?;
         let mut generation = self.generation(&request, &opened.found, rung, set, received);
         generation.room = opened.room.take();
         let mut outcomes = self.engine.generate(generation, owed).map_err(to_status)?;
@@ -246,16 +264,18 @@ impl Shared {
         request: &Request,
         found: &[Found],
         arrived: &Arrived,
+        mark: Mark,
     ) -> Result<(Rung, Option<Set>), Status> {
         if !request.policy.needs_scores() || request.assembly.candidate_rows() == 0 {
             return Ok((Rung::None, None));
         }
         let key = request.set_key();
-        let cached = if arrived.set.is_none() { self.sets.get(&key) } else { None };
+        let cached = if arrived.set.is_none() { self.ram.set(&key) } else { None };
         let ranked = found.iter().skip(1).all(|found| found.section.rank.is_some());
         let rung = choose_rung(&request.policy, arrived.set.is_some(), cached.is_some(), ranked);
         if let Some(set) = &arrived.set {
-            self.sets.insert(key, Arc::clone(set));
+            let chunks = request.wanted.iter().map(|want| want.key).collect();
+            self.ram.keep_set(key, chunks, Arc::clone(set), mark);
         } else {
             tracing::warn!(%rung, reason = arrived.unavailable, "no importance sets");
             if request.strict {
@@ -337,7 +357,7 @@ fn to_status(error: engine::Error) -> Status {
     match error {
         engine::Error::Busy => exhausted("the worker's queue", RETRY),
         engine::Error::TooLarge { .. } => Status::resource_exhausted(error.to_string()),
-        engine::Error::Stopped => unavailable(error),
+        engine::Error::Stopped | engine::Error::Unclaimed(_) => unavailable(error),
         engine::Error::Plan(error) => invalid("policy", error),
         engine::Error::Model(cacheclip_model::Error::OutOfPages { .. }) => exhausted("KV pages", RETRY),
         engine::Error::Model(error) => Status::internal(error.to_string()),

@@ -32,7 +32,6 @@ use engine::Engine;
 use grpc::{Service, Shared};
 use layout::{Anchor, Layout};
 use loader::Loader;
-use quick_cache::sync::Cache;
 use ram::Ram;
 use request::Limits;
 use std::sync::Arc;
@@ -41,8 +40,6 @@ use writer::Writer;
 
 /// Full gRPC name of the service.
 pub const SERVICE: &str = "cacheclip.v1.Worker";
-/// Importance sets kept for repeated questions.
-const SETS: usize = 1024;
 
 /// Loads the model, proves the instance, and serves. Ready when this returns.
 ///
@@ -85,8 +82,9 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         seeds => Some(StoreClient::connect(seeds, &options.connect)?),
     };
     let writer = stores.clone().map(|stores| Writer::start(stores, Arc::clone(&layout), options.write_queue));
+    let ram = Ram::new(options.ram_bytes);
     let loader = Loader::new(
-        Ram::new(options.ram_bytes),
+        ram.clone(),
         stores,
         engine.clone(),
         writer,
@@ -100,6 +98,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let shared = Shared {
         engine,
         loader,
+        ram,
         layout,
         anchor,
         limits,
@@ -110,7 +109,6 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         fuse_rank: options.fuse_static_rank,
         probe: options.probe,
         pipeline: options.pipeline,
-        sets: Cache::new(SETS),
         announcer: announcer.clone(),
     };
     let message_bytes = options.service.max_message_bytes;

@@ -24,6 +24,7 @@ const RUNNING: &str = "vllm:num_requests_running";
 const USAGE: &str = "vllm:kv_cache_usage_perc";
 const CONFIG: &str = "vllm:cache_config_info";
 const RAM: &str = "cacheclip_worker_ram_used_bytes";
+const FORGOTTEN: &str = "cacheclip_worker_forgotten_chunks_total";
 
 /// Registers descriptions and the zero values of series that may never move.
 pub fn describe() {
@@ -40,7 +41,7 @@ pub fn describe() {
     describe_gauge!(PAGES_TOTAL, "KV pages there are");
     describe_counter!(
         WRITES,
-        "Chunks offered to the stores, by outcome: stored, existed, no_room, dropped, failed"
+        "Chunks offered to the stores, by outcome: stored, existed, no_room, deleted (meanwhile), dropped, failed"
     );
     describe_counter!(
         SAVED,
@@ -59,6 +60,8 @@ pub fn describe() {
     requests(0, 0);
     gauge!(USAGE).set(0.0);
     describe_gauge!(RAM, Unit::Bytes, "Decoded chunk KV in the worker's RAM");
+    describe_counter!(FORGOTTEN, "Chunks that went from the worker's RAM because a document was deleted");
+    counter!(FORGOTTEN).increment(0);
     for reason in ["selected", "miss", "fallback"] {
         counter!(RECOMPUTED, "reason" => reason).increment(0);
     }
@@ -95,8 +98,9 @@ fn outcome(reason: Option<MissReason>) -> (&'static str, &'static str) {
 
 /// Every outcome there is.
 fn lookups() -> impl Iterator<Item = (&'static str, &'static str)> {
-    use MissReason::{Corrupt, Cost, Deleted, Evicted, Layout, NeverSeen, Timeout, Unavailable};
-    let reasons = [NeverSeen, Evicted, Layout, Corrupt, Timeout, Unavailable, Deleted, Cost].map(Some);
+    use MissReason::{Corrupt, Cost, Deleted, Evicted, Expired, Layout, NeverSeen, Timeout, Unavailable};
+    let reasons =
+        [NeverSeen, Evicted, Expired, Deleted, Layout, Corrupt, Timeout, Unavailable, Cost].map(Some);
     std::iter::once(None).chain(reasons).map(outcome)
 }
 
@@ -125,6 +129,10 @@ pub(crate) fn write(outcome: &'static str) {
 
 pub(crate) fn ram(bytes: u64) {
     gauge!(RAM).set(bytes as f64);
+}
+
+pub(crate) fn forgotten(chunks: usize) {
+    counter!(FORGOTTEN).increment(chunks as u64);
 }
 
 pub(crate) fn saved(seconds: u64) {

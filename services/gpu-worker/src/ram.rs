@@ -1,12 +1,28 @@
-//! The worker's own tier: decoded, verified chunk KV in RAM under a byte cap.
+//! What the worker remembers in RAM: decoded, verified chunk KV under a byte cap, and importance sets of questions that
+//! may come again.
+//!
+//! What was deleted must not come back by a load or a computation that was under way meanwhile. Whoever will remember
+//! something takes a mark before it begins; what was begun before the last deletion is not remembered, whatever it
+//! is. That is rare, and costs one more load.
 
 use crate::engine::Canonical;
 use cacheclip_chunk::ChunkKey;
 use cacheclip_model::kv::ChunkKv;
+use cacheclip_plan::Scored;
+use cacheclip_rpc::v1::{Tier, TierDeletion};
 use cacheclip_service::residency;
+use parking_lot::RwLock;
 use quick_cache::Weighter;
 use quick_cache::sync::Cache;
+use std::cell::Cell;
+use std::collections::HashSet;
 use std::sync::Arc;
+
+/// Importance sets kept for repeated questions.
+const SETS: usize = 1024;
+
+/// Scored spans per chunk, as kept for the next time the same question meets the same chunks.
+pub(crate) type Set = Arc<Vec<Vec<Scored>>>;
 
 /// A section's KV as the worker keeps it.
 #[derive(Clone, Debug)]
@@ -35,31 +51,150 @@ impl Weighter<ChunkKey, Section> for ByBytes {
     }
 }
 
-/// Sections by key; eviction resists scans. Cheap to clone.
+/// How many deletions there had been.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Mark(u64);
+
+/// The tier; eviction resists scans. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Ram(Arc<Cache<ChunkKey, Section, ByBytes>>);
+pub(crate) struct Ram(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    sections: Cache<ChunkKey, Section, ByBytes>,
+    /// With the chunks they are about.
+    sets: Cache<[u8; 32], (Arc<[ChunkKey]>, Set)>,
+    /// Written to while something is deleted, read while something is remembered.
+    deletions: RwLock<u64>,
+}
 
 impl Ram {
-    /// Keeps at most `bytes`.
+    /// Keeps at most `bytes` of KV.
     pub(crate) fn new(bytes: u64) -> Self {
         // The estimate sizes bookkeeping only: a megabyte per section.
         let sections = usize::try_from(bytes >> 20).unwrap_or(usize::MAX).clamp(64, 1 << 20);
-        Self(Arc::new(Cache::with_weighter(sections, bytes, ByBytes)))
+        Self(Arc::new(Inner {
+            sections: Cache::with_weighter(sections, bytes, ByBytes),
+            sets: Cache::new(SETS),
+            deletions: RwLock::new(0),
+        }))
+    }
+
+    /// Something begins that may be remembered.
+    pub(crate) fn mark(&self) -> Mark {
+        Mark(*self.0.deletions.read())
     }
 
     /// A section, if it is here.
     pub(crate) fn get(&self, key: &ChunkKey) -> Option<Section> {
-        self.0.get(key)
+        self.0.sections.get(key)
     }
 
     /// What is here, in announcements' short form.
     pub(crate) fn held(&self) -> Vec<u64> {
-        self.0.iter().map(|(key, _)| residency::short(key.as_bytes())).collect()
+        self.0.sections.iter().map(|(key, _)| residency::short(key.as_bytes())).collect()
     }
 
-    /// Keeps a section, evicting others; a section larger than the tier is not kept.
-    pub(crate) fn insert(&self, key: ChunkKey, section: Section) {
-        self.0.insert(key, section);
-        crate::metrics::ram(self.0.weight());
+    /// Keeps a section that was begun at `mark`, evicting others; a section larger than the tier is not kept.
+    pub(crate) fn insert(&self, key: ChunkKey, section: Section, mark: Mark) {
+        let deletions = self.0.deletions.read();
+        if *deletions == mark.0 {
+            self.0.sections.insert(key, section);
+            crate::metrics::ram(self.0.sections.weight());
+        }
+    }
+
+    /// The importance set of a question that came before.
+    pub(crate) fn set(&self, question: &[u8; 32]) -> Option<Set> {
+        self.0.sets.get(question).map(|(_, set)| set)
+    }
+
+    /// Keeps the importance set of a question over these chunks that was begun at `mark`.
+    pub(crate) fn keep_set(&self, question: [u8; 32], chunks: Arc<[ChunkKey]>, set: Set, mark: Mark) {
+        let deletions = self.0.deletions.read();
+        if *deletions == mark.0 {
+            self.0.sets.insert(question, (chunks, set));
+        }
+    }
+
+    /// Forgets chunks and what was scored over them; what went.
+    pub(crate) fn forget(&self, keys: &[ChunkKey]) -> TierDeletion {
+        let keys: HashSet<&ChunkKey> = keys.iter().collect();
+        self.delete(|key| keys.contains(key))
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&self) -> TierDeletion {
+        self.delete(|_| true)
+    }
+
+    fn delete(&self, goes: impl Fn(&ChunkKey) -> bool) -> TierDeletion {
+        let mut deletions = self.0.deletions.write();
+        *deletions += 1;
+        let (objects, bytes) = (Cell::new(0), Cell::new(0));
+        self.0.sections.retain(|key, section| {
+            let goes = goes(key);
+            if goes {
+                objects.set(objects.get() + 1);
+                bytes.set(bytes.get() + ByBytes.weight(key, section));
+            }
+            !goes
+        });
+        let (objects, bytes) = (objects.get(), bytes.get());
+        self.0.sets.retain(|_, (chunks, _)| !chunks.iter().any(&goes));
+        crate::metrics::ram(self.0.sections.weight());
+        crate::metrics::forgotten(objects);
+        TierDeletion::of(Tier::WorkerRam, objects, bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(n: u8) -> ChunkKey {
+        ChunkKey::from_bytes([n; 32])
+    }
+
+    fn section() -> Section {
+        Section { kv: ChunkKv::new(Vec::new()), rank: Some([1, 2, 3].into()), container_bytes: 0 }
+    }
+
+    fn ram() -> Ram {
+        let ram = Ram::new(1 << 20);
+        (1..=3).for_each(|n| ram.insert(key(n), section(), ram.mark()));
+        ram
+    }
+
+    fn here(ram: &Ram) -> Vec<u8> {
+        (1..=9).filter(|n| ram.get(&key(*n)).is_some()).collect()
+    }
+
+    #[test]
+    fn what_is_under_way_during_a_deletion_is_not_remembered_and_what_begins_after_it_is() {
+        let ram = ram();
+        let before = ram.mark();
+        let went = ram.forget(&[key(1), key(9)]);
+        assert_eq!((went.tier(), went.objects), (Tier::WorkerRam, 1));
+        assert!(went.bytes > 0);
+        assert_eq!(here(&ram), [2, 3]);
+        ram.insert(key(1), section(), before);
+        ram.keep_set([0; 32], [key(1)].into(), Set::default(), before);
+        assert!(here(&ram) == [2, 3] && ram.set(&[0; 32]).is_none());
+        ram.insert(key(1), section(), ram.mark());
+        assert_eq!(here(&ram), [1, 2, 3]);
+    }
+
+    #[test]
+    fn sets_over_a_deleted_chunk_go_and_others_stay() {
+        let ram = ram();
+        for n in 1..=2 {
+            let chunks = [key(n), key(n + 1)].into();
+            ram.keep_set([n; 32], chunks, Set::default(), ram.mark());
+        }
+        ram.forget(&[key(1)]);
+        assert!(ram.set(&[1; 32]).is_none() && ram.set(&[2; 32]).is_some());
+        assert_eq!(ram.clear().objects, 2);
+        assert!(here(&ram).is_empty() && ram.set(&[2; 32]).is_none());
     }
 }

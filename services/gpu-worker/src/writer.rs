@@ -5,7 +5,7 @@ use crate::layout::Layout;
 use crate::metrics;
 use bytes::Bytes;
 use cacheclip_chunk::{ByteSpan, ChunkKey, Codec, Parts, Rank, encode};
-use cacheclip_client::{Publisher, StoreClient};
+use cacheclip_client::{Publisher, StoreClient, Terms};
 use cacheclip_model::layout::to_bytes;
 use std::sync::Arc;
 
@@ -24,15 +24,27 @@ impl Writer {
 
     /// Queues a chunk; see [`Publisher::write_behind`]. One that was dropped is offered again when it is next
     /// computed.
-    pub(crate) fn write_behind(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
+    pub(crate) fn write_behind(
+        &self,
+        key: ChunkKey,
+        terms: Terms,
+        spans: Vec<ByteSpan>,
+        canonical: Canonical,
+    ) {
         let layout = Arc::clone(&self.layout);
-        self.publisher.write_behind(key, move || container(&layout, key, &spans, &canonical));
+        self.publisher.write_behind(key, terms, move || container(&layout, key, &spans, &canonical));
     }
 
-    /// Publishes a chunk and waits until the store has answered.
-    pub(crate) async fn write(&self, key: ChunkKey, spans: Vec<ByteSpan>, canonical: Canonical) {
+    /// Publishes a chunk and waits until the store has answered; see [`Publisher::write`].
+    pub(crate) async fn write(
+        &self,
+        key: ChunkKey,
+        terms: Terms,
+        spans: Vec<ByteSpan>,
+        canonical: Canonical,
+    ) -> &'static str {
         let layout = Arc::clone(&self.layout);
-        self.publisher.write(key, move || container(&layout, key, &spans, &canonical)).await;
+        self.publisher.write(key, terms, move || container(&layout, key, &spans, &canonical)).await
     }
 }
 

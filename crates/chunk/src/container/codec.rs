@@ -1,5 +1,6 @@
 //! How a segment's bytes are stored.
 
+use super::planes::{join, split};
 use std::cell::RefCell;
 
 /// How a writer stores segments. A segment that this would shrink by less than 5 % is stored raw: reading it
@@ -36,29 +37,6 @@ impl StoredAs {
     pub(crate) fn from_code(code: u16) -> Option<Self> {
         [Self::Raw, Self::BytePlaneZstd].into_iter().find(|codec| *codec as u16 == code)
     }
-}
-
-/// Element `i`'s byte `p` goes to `p * elements + i`.
-fn split(raw: &[u8], size: usize) -> Vec<u8> {
-    let elements = raw.len() / size;
-    let mut planes = vec![0; raw.len()];
-    for (plane, out) in planes.chunks_exact_mut(elements.max(1)).enumerate() {
-        for (byte, element) in out.iter_mut().zip(raw.chunks_exact(size)) {
-            *byte = element[plane];
-        }
-    }
-    planes
-}
-
-fn join(planes: &[u8], size: usize) -> Vec<u8> {
-    let elements = planes.len() / size;
-    let mut raw = vec![0; planes.len()];
-    for (plane, bytes) in planes.chunks_exact(elements.max(1)).enumerate() {
-        for (element, byte) in raw.chunks_exact_mut(size).zip(bytes) {
-            element[plane] = *byte;
-        }
-    }
-    raw
 }
 
 /// Compresses segments of one container, reusing its working memory.
@@ -115,16 +93,6 @@ pub(super) fn expand(codec: StoredAs, stored: &[u8], raw_len: usize, size: usize
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn joining_undoes_splitting() {
-        let raw: Vec<u8> = (0..24).collect();
-        for size in [1, 2, 4] {
-            assert_eq!(join(&split(&raw, size), size), raw);
-        }
-        assert_eq!(split(&[1, 2, 3, 4, 5, 6], 2), [1, 3, 5, 2, 4, 6]);
-        assert_eq!(split(&[], 4), [0u8; 0]);
-    }
 
     #[test]
     fn bytes_that_do_not_shrink_are_left_raw() {

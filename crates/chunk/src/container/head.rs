@@ -292,6 +292,37 @@ impl Head {
         expand(entry.codec, stored, entry.raw_len as usize, element_size(entry.kind, self.dtype))
             .ok_or(FormatError::Content { index, what: "it is not a zstd frame of its raw length" })
     }
+
+    /// The same of bytes that may be kept: a segment that is stored as it is costs no copy.
+    pub fn decode_shared(&self, index: usize, stored: Bytes) -> Result<Bytes, FormatError> {
+        match self.segments.get(index).map(|entry| entry.codec) {
+            // Verified, it has the stored length, which is the raw length.
+            Some(StoredAs::Raw) => self.verify_segment(index, &stored).map(|()| stored),
+            _ => self.decode_segment(index, &stored).map(Bytes::from),
+        }
+    }
+}
+
+/// Verifies a segment's stored bytes while they come.
+#[derive(Clone, Debug, Default)]
+pub struct SegmentDigest {
+    hasher: blake3::Hasher,
+    length: u64,
+}
+
+impl SegmentDigest {
+    /// More of them, in order.
+    pub fn update(&mut self, stored: &[u8]) {
+        self.hasher.update(stored);
+        self.length += stored.len() as u64;
+    }
+
+    /// Whether all that came are the stored bytes of a segment.
+    pub fn check(self, head: &Head, index: usize) -> Result<(), FormatError> {
+        let entry = head.segments.get(index).ok_or(FormatError::NoSegment { index })?;
+        let good = self.length == entry.stored_len && self.hasher.finalize().as_bytes() == &entry.digest;
+        if good { Ok(()) } else { Err(FormatError::Segment { index }) }
+    }
 }
 
 impl std::fmt::Debug for Head {

@@ -49,6 +49,7 @@ pub mod codec;
 pub mod encode;
 mod error;
 pub mod head;
+pub mod planes;
 
 pub use error::FormatError;
 

@@ -22,6 +22,11 @@ impl Runs {
         Self { median, least: end(values.first()), most: end(values.last()), n: values.len() }
     }
 
+    /// The same in another unit.
+    pub(crate) fn map(&self, unit: impl Fn(f64) -> f64) -> Self {
+        Self { median: unit(self.median), least: unit(self.least), most: unit(self.most), n: self.n }
+    }
+
     /// `median [least, most]`.
     pub(crate) fn text(&self, digits: usize) -> String {
         format!("{:.digits$} [{:.digits$}, {:.digits$}]", self.median, self.least, self.most)
@@ -82,21 +87,36 @@ pub(crate) fn cpu_seconds(process: &str) -> f64 {
 
 /// Forgets the peak so far; where the system does not allow that, later peaks include it.
 pub(crate) fn reset_peak_rss() {
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    reset_peak_rss_of("self");
+}
+
+/// The same of another process of this user.
+pub(crate) fn reset_peak_rss_of(process: &str) {
+    let _ = std::fs::write(format!("/proc/{process}/clear_refs"), "5");
 }
 
 /// Peak resident bytes of this process, since it began or since the peak was last forgotten.
 pub(crate) fn peak_rss_bytes() -> u64 {
-    status_bytes("VmHWM:")
+    peak_rss_bytes_of("self")
+}
+
+/// The same of another process.
+pub(crate) fn peak_rss_bytes_of(process: &str) -> u64 {
+    status_bytes(process, "VmHWM:")
 }
 
 /// Resident bytes of this process.
 pub(crate) fn rss_bytes() -> u64 {
-    status_bytes("VmRSS:")
+    rss_bytes_of("self")
 }
 
-fn status_bytes(field: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+/// The same of another process.
+pub(crate) fn rss_bytes_of(process: &str) -> u64 {
+    status_bytes(process, "VmRSS:")
+}
+
+fn status_bytes(process: &str, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field));
     let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
     kib.unwrap_or(0) * 1024

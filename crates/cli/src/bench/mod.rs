@@ -3,6 +3,7 @@
 mod alone;
 mod batch;
 mod bed;
+mod codec;
 mod curve;
 mod decay;
 mod fit;
@@ -14,10 +15,11 @@ mod process;
 mod reuse;
 mod scorer;
 mod speed;
+mod store;
 mod tuning;
 
 use anyhow::Context as _;
-use cacheclip_bench::plot::Chart;
+use cacheclip_bench::plot::{Bars, Chart};
 use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::Path;
@@ -41,6 +43,11 @@ pub(crate) enum Bench {
     Scorer(scorer::Arguments),
     /// Many answers at once: throughput, what a long prefill does to running answers, what callers who leave free.
     Batch(batch::Arguments),
+    /// The store beside Redis, a raw socket and plain files: gets, durable puts, cold reads, lookups, slow readers,
+    /// starts.
+    Store(store::Arguments),
+    /// Ways to store KV: how small each makes it, and how fast.
+    Codec(codec::Arguments),
 }
 
 pub(crate) async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
@@ -53,6 +60,9 @@ pub(crate) async fn run(bench: Bench) -> anyhow::Result<ExitCode> {
         Bench::Load(arguments) => load::run(arguments).await,
         Bench::Scorer(arguments) => tokio::task::spawn_blocking(move || scorer::run(&arguments)).await?,
         Bench::Batch(arguments) => batch::run(arguments).await,
+        Bench::Store(arguments) => store::run(arguments).await,
+        // Nothing of it is asynchronous.
+        Bench::Codec(arguments) => tokio::task::spawn_blocking(move || codec::run(&arguments)).await?,
     }
 }
 
@@ -67,5 +77,14 @@ fn bar(label: &'static str, length: u64) -> anyhow::Result<ProgressBar> {
 
 /// Writes a chart.
 fn draw(chart: &Chart, path: &Path) -> anyhow::Result<()> {
-    std::fs::write(path, chart.svg()?).with_context(|| format!("cannot write {}", path.display()))
+    write(path, &chart.svg()?)
+}
+
+/// Writes bars.
+fn draw_bars(bars: &Bars, path: &Path) -> anyhow::Result<()> {
+    write(path, &bars.svg()?)
+}
+
+fn write(path: &Path, svg: &str) -> anyhow::Result<()> {
+    std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
 }

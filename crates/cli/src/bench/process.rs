@@ -85,17 +85,24 @@ impl Store {
     /// Starts the binary that lies beside this one, with its files in `data`; it answers when this returns. Others
     /// dial it at `advertise`, where that is not the port itself.
     pub(crate) async fn start(data: &Path, port: u16, advertise: Option<String>) -> anyhow::Result<Self> {
+        let endpoint = advertise.unwrap_or_else(|| format!("http://127.0.0.1:{port}"));
+        let settings = [format!("advertise={endpoint}"), format!("ram_bytes={STORE_RAM}")];
+        Self::start_with(data, port, endpoint, &settings, PATIENCE).await
+    }
+
+    /// The same with other settings, dialled at `endpoint`, and with another patience until it answers.
+    pub(crate) async fn start_with(
+        data: &Path,
+        port: u16,
+        endpoint: String,
+        settings: &[String],
+        patience: Duration,
+    ) -> anyhow::Result<Self> {
         let program = std::env::current_exe()?.with_file_name("cacheclip-cache-store");
         let direct = format!("http://127.0.0.1:{port}");
-        let endpoint = advertise.unwrap_or_else(|| direct.clone());
-        let settings = [
-            format!("service.listen=127.0.0.1:{port}"),
-            format!("advertise={endpoint}"),
-            format!("data_dir={}", data.display()),
-            format!("ram_bytes={STORE_RAM}"),
-        ];
+        let own = [format!("service.listen=127.0.0.1:{port}"), format!("data_dir={}", data.display())];
         let child = Command::new(&program)
-            .args(settings.iter().flat_map(|setting| ["--set", setting]))
+            .args(own.iter().chain(settings).flat_map(|setting| ["--set", setting]))
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -104,7 +111,7 @@ impl Store {
             })?;
         let client = CacheClient::new(cacheclip_service::connect(&direct, &ConnectOptions::default())?);
         let mut store = Self { child, client, endpoint };
-        tokio::time::timeout(PATIENCE, store.answers())
+        tokio::time::timeout(patience, store.answers())
             .await
             .context("the cache-store does not answer")??;
         Ok(store)
@@ -130,7 +137,12 @@ impl Store {
 
     /// CPU seconds it has used.
     pub(crate) fn cpu_seconds(&self) -> f64 {
-        super::measure::cpu_seconds(&self.child.id().to_string())
+        super::measure::cpu_seconds(&self.process())
+    }
+
+    /// Its number among the system's processes.
+    pub(crate) fn process(&self) -> String {
+        self.child.id().to_string()
     }
 }
 

@@ -13,8 +13,8 @@ use cacheclip_client::{Outcome, StoreClient};
 use cacheclip_rpc::v1::cache_server::{Cache, CacheServer};
 use cacheclip_rpc::v1::{self, KvFrame, MissReason, Segment, Tier, kv_frame, put_frame};
 use cacheclip_service::{Running, Server};
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -107,10 +107,33 @@ pub struct Faulty {
     pub asked: Arc<Mutex<Vec<v1::GetLayersRequest>>>,
     pub held: Arc<Mutex<HashMap<Bytes, Bytes>>>,
     pub deletes: Arc<AtomicU32>,
+    pub documents: Arc<Mutex<Documents>>,
+    /// Deletions of documents.
+    pub deletions: Arc<AtomicU64>,
     endpoint: Arc<OnceLock<String>>,
 }
 
+/// Which keys documents claim, and which deletion took a key.
+#[derive(Default)]
+pub struct Documents {
+    pub claims: HashMap<Bytes, HashSet<Bytes>>,
+    pub gone: HashMap<Bytes, u64>,
+    /// What a document's deletion took, for when it is asked for again.
+    receipts: HashMap<Bytes, (Vec<Bytes>, usize)>,
+}
+
+impl Documents {
+    fn claimed(&self, key: &Bytes) -> bool {
+        self.claims.values().any(|keys| keys.contains(key))
+    }
+}
+
 impl Faulty {
+    /// What a store says of its deletions: never 0.
+    fn generation(&self) -> u64 {
+        self.deletions.load(Ordering::SeqCst) + 1
+    }
+
     /// A store of its own with chunks 1 to 6.
     pub fn with(fault: Fault) -> Self {
         let store = Self::named("faulty", &Index::default());
@@ -185,7 +208,13 @@ impl Faulty {
     ) {
         let fault = *self.fault.lock().unwrap();
         let send = async |chunk: usize, frame: kv_frame::Frame| {
-            let frame = KvFrame { chunk: chunk as u32, frame: Some(frame), tier: Tier::StoreDisk.into() };
+            let missing = matches!(frame, kv_frame::Frame::Missing(_));
+            let frame = KvFrame {
+                chunk: chunk as u32,
+                frame: Some(frame),
+                tier: Tier::StoreDisk.into(),
+                generation: if missing { self.generation() } else { 0 },
+            };
             let _ = frames.send(Ok(frame)).await;
         };
         let known: Vec<_> = request.keys.iter().map(|key| self.container(key)).collect();
@@ -259,7 +288,7 @@ impl Cache for Faulty {
             }
         };
         let entries = request.keys.iter().map(entry).collect();
-        Ok(Response::new(v1::LookupResponse { entries }))
+        Ok(Response::new(v1::LookupResponse { entries, generation: self.generation() }))
     }
 
     async fn get_layers(
@@ -286,7 +315,7 @@ impl Cache for Faulty {
                 }
             };
             for frame in parts {
-                let frame = KvFrame { chunk: 0, frame: Some(frame), tier: 0 };
+                let frame = KvFrame { frame: Some(frame), ..KvFrame::default() };
                 let _ = frames.send(Ok(frame)).await;
             }
         });
@@ -307,6 +336,17 @@ impl Cache for Faulty {
             bytes.extend_from_slice(&data);
         }
         assert_eq!(head.bytes, bytes.len() as u64);
+        {
+            let mut documents = self.documents.lock().unwrap();
+            let since = if head.generation == 0 { self.generation() } else { head.generation };
+            if documents.gone.get(&head.key).is_some_and(|gone| *gone > since) {
+                let outcome = Outcome::Deleted.into();
+                return Ok(Response::new(v1::PutResponse { outcome, container_hash: Bytes::new() }));
+            }
+            if let Some(hold) = head.hold {
+                documents.claims.entry(hold.document).or_default().insert(head.key.clone());
+            }
+        }
         let mut holders = self.index.holders.lock().unwrap();
         holders.entry(head.key.clone()).or_default().push(self.name.clone());
         self.held.lock().unwrap().insert(head.key, bytes.into());
@@ -323,6 +363,52 @@ impl Cache for Faulty {
         let mut held = self.held.lock().unwrap();
         let removed = request.into_inner().keys.iter().filter(|key| held.remove(*key).is_some()).count();
         Ok(Response::new(v1::DeleteResponse { objects: removed as u32, bytes: 7 * removed as u64 }))
+    }
+
+    async fn hold(&self, request: Request<v1::HoldRequest>) -> Result<Response<v1::HoldResponse>, Status> {
+        self.before().await?;
+        let v1::HoldRequest { keys, hold, .. } = request.into_inner();
+        let mut documents = self.documents.lock().unwrap();
+        documents.claims.entry(hold.unwrap().document).or_default().extend(keys);
+        Ok(Response::new(v1::HoldResponse { generation: self.generation() }))
+    }
+
+    async fn delete_document(
+        &self,
+        request: Request<v1::DeleteDocumentRequest>,
+    ) -> Result<Response<v1::DeleteDocumentResponse>, Status> {
+        self.before().await?;
+        let v1::DeleteDocumentRequest { document, keys } = request.into_inner();
+        let mut documents = self.documents.lock().unwrap();
+        let claimed = documents.claims.remove(&document).unwrap_or_default();
+        let before = documents.receipts.remove(&document).filter(|_| claimed.is_empty());
+        let (mut went, mut objects) = before.unwrap_or_default();
+        let generation = self.deletions.fetch_add(1, Ordering::SeqCst) + 2;
+        let mut kept = 0;
+        for key in claimed.into_iter().chain(keys) {
+            if documents.claimed(&key) {
+                kept += 1;
+            } else if !went.contains(&key) {
+                objects += usize::from(self.held.lock().unwrap().remove(&key).is_some());
+                documents.gone.insert(key.clone(), generation);
+                went.push(key);
+            }
+        }
+        documents.receipts.insert(document, (went.clone(), objects));
+        let tiers = vec![v1::TierDeletion::of(Tier::StoreDisk, objects, 7 * objects as u64)];
+        Ok(Response::new(v1::DeleteDocumentResponse { generation, tiers, keys: went, kept }))
+    }
+
+    async fn pin(&self, request: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
+        self.before().await?;
+        let held = self.held.lock().unwrap();
+        let keys = request.into_inner().keys.iter().filter(|key| held.contains_key(*key)).count() as u32;
+        Ok(Response::new(v1::PinResponse { keys }))
+    }
+
+    async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Result<Response<v1::PinResponse>, Status> {
+        let v1::UnpinRequest { layout, keys } = request.into_inner();
+        self.pin(Request::new(v1::PinRequest { layout, keys, seconds: 0 })).await
     }
 
     async fn stat(&self, _: Request<v1::StatRequest>) -> Result<Response<v1::StatResponse>, Status> {

@@ -1,6 +1,7 @@
 //! The index of a single store: a database file beside its objects.
 
 use super::{Again, Answer, Entry, Holder, Index, PACKED, Renewal, Unavailable};
+use crate::disk::volume;
 use crate::error::Error;
 use cacheclip_chunk::ChunkKey;
 use redb::{Database, Durability, ReadableDatabase as _, ReadableTable as _, TableDefinition};
@@ -63,7 +64,7 @@ async fn try_open(path: &Path, catalogue: &[(ChunkKey, Entry)]) -> Result<Databa
     let (path, catalogue) = (path.to_owned(), catalogue.to_vec());
     // A damaged file may even make the database panic, which is caught here as the task's error.
     let opening = tokio::task::spawn_blocking(move || {
-        let database = Database::create(path).map_err(|error| error.to_string())?;
+        let database = volume::database(&path).map_err(|error| error.to_string())?;
         reconcile(&database, catalogue).map_err(|error| error.to_string())?;
         Ok(database)
     });

@@ -125,6 +125,12 @@ impl Entry {
     }
 }
 
+/// Whether these bytes are a record or a lease of the index in Redis, where others may write, too.
+pub(crate) fn decodes(bytes: &[u8]) -> bool {
+    let lease = std::str::from_utf8(bytes).ok().and_then(redis::parse_lease);
+    redis::unpack(bytes).is_some() || lease.is_some()
+}
+
 /// A number that no other process draws.
 fn random() -> u64 {
     let (high, low) = uuid::Uuid::new_v4().as_u64_pair();

@@ -274,13 +274,13 @@ fn pack(life: u64, entry: &Entry) -> [u8; 8 + PACKED] {
 }
 
 /// None for what this release did not write.
-fn unpack(packed: &[u8]) -> Option<(u64, Entry)> {
+pub(super) fn unpack(packed: &[u8]) -> Option<(u64, Entry)> {
     let (life, entry) = packed.split_first_chunk()?;
     Some((u64::from_le_bytes(*life), Entry::unpack(entry.try_into().ok()?)))
 }
 
 /// Life and endpoint.
-fn parse_lease(value: &str) -> Option<(u64, &str)> {
+pub(super) fn parse_lease(value: &str) -> Option<(u64, &str)> {
     let (life, endpoint) = value.split_once(' ')?;
     Some((u64::from_str_radix(life, 16).ok()?, endpoint))
 }

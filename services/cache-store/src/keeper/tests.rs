@@ -1,6 +1,7 @@
 use super::*;
 use crate::catalogue::Record;
 use crate::changes::Changes;
+use crate::clock::Clock;
 use crate::index::{Answer, Holder, Index, Peer};
 use cacheclip_chunk::{ContainerHash, LayoutId};
 use cacheclip_rpc::v1::MissReason;
@@ -93,7 +94,7 @@ fn keep(every: Duration) -> Kept {
     let (index, changes, said) = (Arc::new(Fake::default()), Arc::new(Changes::new(MOST)), Arc::default());
     let shared: Arc<dyn Index> = Arc::<Fake>::clone(&index);
     let fleet = Arc::new(Fleet::new("me", shared, Arc::clone(&changes), Duration::from_secs(1)));
-    let catalogue = Arc::new(Mutex::new(Catalogue::new(u64::MAX)));
+    let catalogue = Arc::new(Mutex::new(Catalogue::new(u64::MAX, Clock::system())));
     let (draining, closed) = (CancellationToken::new(), CancellationToken::new());
     let words = Arc::<Mutex<String>>::clone(&said);
     let keeper = Keeper {

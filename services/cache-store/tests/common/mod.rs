@@ -104,7 +104,12 @@ pub trait Calls {
             layout: Bytes::copy_from_slice(layout.as_bytes()),
             key: Bytes::copy_from_slice(key.as_bytes()),
             bytes: announced,
+            ..PutHead::default()
         };
+        self.put_under(head, bytes).await
+    }
+
+    async fn put_under(&self, head: PutHead, bytes: Bytes) -> Result<PutResponse, Status> {
         // Small frames, so that heads and segments are cut in the middle.
         let data: Vec<_> =
             bytes.chunks(1000).map(|data| bytes.slice_ref(data)).map(put_frame::Frame::Data).collect();

@@ -87,6 +87,14 @@ impl Process {
         value.unwrap_or_else(|| panic!("{series} in {text}")).parse().unwrap()
     }
 
+    /// Most bytes of memory that the process has held so far.
+    #[allow(dead_code, reason = "for tests of the store itself")]
+    pub(crate) fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        peak.unwrap().parse::<u64>().unwrap() << 10
+    }
+
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }

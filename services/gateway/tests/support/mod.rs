@@ -59,6 +59,10 @@ pub(crate) struct State {
     pub(crate) known: HashSet<Vec<u8>>,
     pub(crate) asked: Vec<v1::ScoreRequest>,
     pub(crate) prepared: Vec<v1::PrepareRequest>,
+    /// What ingested chunks belong to, by who was told.
+    pub(crate) holds: Vec<(&'static str, Option<v1::Hold>)>,
+    /// Documents that were deleted, by who was told.
+    pub(crate) deleted: Vec<(&'static str, Vec<u8>)>,
     pub(crate) request_ids: Vec<String>,
     stored: HashSet<Vec<u8>>,
     held: Vec<u64>,
@@ -166,6 +170,12 @@ fn event(event: v1::worker_event::Event) -> v1::WorkerEvent {
     v1::WorkerEvent { event: Some(event) }
 }
 
+/// What every holder says: one chunk of its own, and what the stores tell all of them.
+fn gave_up(own: v1::Tier) -> v1::HolderDeletion {
+    let tiers = vec![v1::TierDeletion::of(own, 1, 10), v1::TierDeletion::of(v1::Tier::StoreDisk, 4, 40)];
+    v1::HolderDeletion { generation: 7, tiers, kept: 1, pending: Vec::new() }
+}
+
 #[tonic::async_trait]
 impl Worker for Fake {
     type GenerateStream = ReceiverStream<Result<v1::WorkerEvent, Status>>;
@@ -192,7 +202,8 @@ impl Worker for Fake {
         request: Request<v1::PrecomputeRequest>,
     ) -> Result<Response<v1::PrecomputeResponse>, Status> {
         let mut state = self.state();
-        let chunks = request.into_inner().chunks;
+        let v1::PrecomputeRequest { chunks, hold, .. } = request.into_inner();
+        state.holds.push(("worker", hold));
         state.precomputed.push(chunks.len());
         let computed = chunks.into_iter().map(|chunk| state.stored.insert(chunk.key.to_vec())).collect();
         Ok(Response::new(v1::PrecomputeResponse { computed }))
@@ -214,6 +225,14 @@ impl Worker for Fake {
             max_tokens: MAX_TOKENS,
             policies: ["cacheclip", "cacheclip-paper", "stale", "full"].map(String::from).to_vec(),
         }))
+    }
+
+    async fn delete_document(
+        &self,
+        request: Request<v1::DeleteDocumentRequest>,
+    ) -> Result<Response<v1::HolderDeletion>, Status> {
+        self.state().deleted.push(("worker", request.into_inner().document.to_vec()));
+        Ok(Response::new(gave_up(v1::Tier::WorkerRam)))
     }
 
     type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;
@@ -249,10 +268,19 @@ impl Scorer for Fake {
     ) -> Result<Response<v1::PrepareResponse>, Status> {
         let request = request.into_inner();
         self.state().prepared.push(request.clone());
+        self.state().holds.push(("scorer", request.hold.clone()));
         Ok(Response::new(v1::PrepareResponse {
             need_text: self.need_text(&request.chunks),
             ..Default::default()
         }))
+    }
+
+    async fn delete_document(
+        &self,
+        request: Request<v1::DeleteDocumentRequest>,
+    ) -> Result<Response<v1::HolderDeletion>, Status> {
+        self.state().deleted.push(("scorer", request.into_inner().document.to_vec()));
+        Ok(Response::new(gave_up(v1::Tier::ScorerRam)))
     }
 
     type WatchStream = ReceiverStream<Result<v1::Residency, Status>>;

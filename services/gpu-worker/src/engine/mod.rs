@@ -53,6 +53,9 @@ pub(crate) enum Error {
     /// The engine thread is gone; restart the worker.
     #[error("the engine has stopped")]
     Stopped,
+    /// No store has recorded which document the chunks belong to; send them again.
+    #[error("the stores cannot record the document's claim on its chunks: {0}; send it again")]
+    Unclaimed(String),
     /// Selection was impossible as asked.
     #[error(transparent)]
     Plan(#[from] cacheclip_plan::Error),

@@ -1,6 +1,6 @@
 //! A read from the stores under way: layers are handed on as they come, and what does not come is computed.
 
-use super::{Found, Loader, Wanted};
+use super::{Began, Found, Loader, Wanted};
 use crate::engine::{Error, Tenant};
 use crate::link::Flight;
 use crate::ram::Section;
@@ -44,7 +44,7 @@ impl Fetch {
         stores: &StoreClient,
         flight: Flight,
         wanted: Vec<Wanted>,
-        tenant: Tenant,
+        (tenant, began): (Tenant, Began),
     ) -> Result<Self, Error> {
         let deadline = Instant::now() + loader.timeout;
         let (opened, sections) = oneshot::channel();
@@ -52,7 +52,7 @@ impl Fetch {
         let task = async move {
             let reading = Reading::new(&loader, &wanted);
             let arriving = reading.run(&loader, &stores, flight, &wanted, deadline, opened).await;
-            loader.complete(&wanted, arriving, tenant).await
+            loader.complete(&wanted, arriving, tenant, &began).await
         };
         let task = AbortOnDropHandle::new(cacheclip_service::request_id::spawn(task));
         // The task says so before it does anything that can fail.

@@ -3,6 +3,7 @@
 //!
 //! What stores send is handed on layer by layer, so that a request is computed while its KV arrives.
 
+mod document;
 mod fetch;
 
 use crate::engine::{Canonical, Engine, Error, Owed, Tenant};
@@ -10,10 +11,10 @@ use crate::layout::Layout;
 use crate::link::{Flight, Link};
 use crate::metrics;
 use crate::options::{Loading, Options};
-use crate::ram::{Ram, Section};
+use crate::ram::{Mark, Ram, Section};
 use crate::writer::Writer;
 use cacheclip_chunk::{ByteSpan, ChunkKey};
-use cacheclip_client::{Located, StoreClient};
+use cacheclip_client::{Since, StoreClient, Terms};
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_plan::{Cost, Server, Way, divide};
 use cacheclip_rpc::v1::{MissReason, Tier};
@@ -47,6 +48,15 @@ pub(crate) struct Found {
     pub tier: Tier,
     /// Why it was in no cache.
     pub reason: Option<MissReason>,
+}
+
+/// What had been deleted when a request began: nothing of it comes back by what the request loads or computes.
+#[derive(Clone, Debug)]
+pub(crate) struct Began {
+    /// From this process's RAM.
+    mark: Mark,
+    /// From the stores.
+    since: Since,
 }
 
 /// A share of the KV that requests may hold before it is placed.
@@ -117,6 +127,7 @@ impl Loader {
         rows: usize,
     ) -> Result<(Opened, Owed), Error> {
         let room = self.admit(wanted).await;
+        let (began, stores) = self.begin();
         let mut known: HashMap<ChunkKey, Found> = HashMap::new();
         let mut lacking: Vec<&Wanted> = Vec::new();
         let mut seen = HashSet::new();
@@ -130,16 +141,17 @@ impl Loader {
         }
         let Divided { asked, flight, computed, owed } = self.divide(lacking, rows);
         let fetch = async {
-            match self.stores.as_ref().zip(flight) {
+            match stores.as_ref().zip(flight) {
                 Some((stores, flight)) => {
                     let asked = asked.iter().map(|&want| want.clone()).collect();
-                    Ok(Some(Fetch::begin(self, stores, flight, asked, Tenant::clone(tenant)).await?))
+                    let whose = (Tenant::clone(tenant), began.clone());
+                    Ok(Some(Fetch::begin(self, stores, flight, asked, whose).await?))
                 }
                 None => Ok(None),
             }
         };
         // What is computed by choice is computed while the rest is on its way.
-        let (fetch, computed) = tokio::try_join!(fetch, self.compute(computed, tenant))?;
+        let (fetch, computed) = tokio::try_join!(fetch, self.compute(computed, tenant, &began))?;
         known.extend(computed);
         let mut missing = Vec::new();
         for (want, arriving) in asked.iter().zip(fetch.iter().flat_map(|fetch| &fetch.sections)) {
@@ -154,7 +166,7 @@ impl Loader {
         if fetch.is_none() {
             missing.extend(asked.iter().map(|&want| (want, MissReason::NeverSeen, self.owe(want))));
         }
-        known.extend(self.compute(missing, tenant).await?);
+        known.extend(self.compute(missing, tenant, &began).await?);
         let found = wanted.iter().map(|want| known[&want.key].clone()).collect();
         let opened = Opened {
             found,
@@ -164,6 +176,13 @@ impl Loader {
             room,
         };
         Ok((opened, owed))
+    }
+
+    /// A request begins; a client of the stores for it.
+    fn begin(&self) -> (Began, Option<StoreClient>) {
+        let stores = self.stores.as_ref().map(StoreClient::begin);
+        let since = stores.as_ref().map(StoreClient::since).unwrap_or_default();
+        (Began { mark: self.ram.mark(), since }, stores)
     }
 
     /// What is to be asked of the stores, and what is computed without asking them. Link and engine have both to do
@@ -227,17 +246,18 @@ impl Loader {
         wanted: &[Wanted],
         arriving: Vec<Arriving>,
         tenant: Tenant,
+        began: &Began,
     ) -> Result<Vec<Found>, Error> {
         let mut found = Vec::with_capacity(wanted.len());
         for (want, Arriving { section, tier, missing, told, .. }) in wanted.iter().zip(arriving) {
             let Some(reason) = missing else {
-                self.ram.insert(want.key, section.clone());
+                self.ram.insert(want.key, section.clone(), began.mark);
                 found.push(Found { section, tier, reason: None });
                 continue;
             };
             tracing::debug!(reason = reason.label(), "chunk not served by the stores");
             if !told {
-                let computed = self.computed(want, &tenant, self.owe(want)).await?;
+                let computed = self.computed(want, &tenant, self.owe(want), began).await?;
                 computed.kv.layers().enumerate().for_each(|(at, layer)| section.kv.arrive(at, layer.clone()));
                 self.engine.wake();
             }
@@ -246,71 +266,48 @@ impl Loader {
         Ok(found)
     }
 
-    /// Makes sure the sections are stored; true for those that had to be computed. Ends when the stores have
-    /// acknowledged them (or refused: a full store is no error).
-    ///
-    /// # Errors
-    /// As [`open`](Self::open).
-    pub(crate) async fn precompute(&self, wanted: &[Wanted]) -> Result<Vec<bool>, Error> {
-        let keys: Vec<ChunkKey> = wanted.iter().map(|want| want.key).collect();
-        let stored = match &self.stores {
-            Some(stores) => {
-                let located = stores.lookup(self.layout.id, &keys).await;
-                // Stores that cannot be asked must not make ingest compute again what RAM holds.
-                let kept = |(entry, key): (&Located, &ChunkKey)| match entry {
-                    Located::Found { .. } => true,
-                    Located::Missing(MissReason::Unavailable | MissReason::Timeout) => {
-                        self.ram.get(key).is_some()
-                    }
-                    Located::Missing(_) => false,
-                };
-                located.iter().zip(&keys).map(kept).collect()
-            }
-            None => keys.iter().map(|key| self.ram.get(key).is_some()).collect::<Vec<_>>(),
-        };
-        let mut computed = Vec::with_capacity(wanted.len());
-        for (index, (want, stored)) in wanted.iter().zip(stored).enumerate() {
-            let earlier = keys[..index].contains(&want.key);
-            computed.push(!stored && !earlier);
-            if stored || earlier {
-                continue;
-            }
-            let canonical = self.canonical(want, &Tenant::default(), self.owe(want)).await?;
-            if let Some(writer) = &self.writer {
-                writer.write(want.key, want.spans.clone(), canonical).await;
-            }
-        }
-        Ok(computed)
-    }
-
     async fn compute(
         &self,
         wanted: Vec<(&Wanted, MissReason, Owed)>,
         tenant: &Tenant,
+        began: &Began,
     ) -> Result<Vec<(ChunkKey, Found)>, Error> {
         let mut found = Vec::with_capacity(wanted.len());
         for (want, reason, owed) in wanted {
-            let section = self.computed(want, tenant, owed).await?;
+            let section = self.computed(want, tenant, owed, began).await?;
             found.push((want.key, Found { section, tier: Tier::Computed, reason: Some(reason) }));
         }
         Ok(found)
     }
 
     /// Computes a section, keeps it and offers it to the stores.
-    async fn computed(&self, want: &Wanted, tenant: &Tenant, owed: Owed) -> Result<Section, Error> {
-        let canonical = self.canonical(want, tenant, owed).await?;
+    async fn computed(
+        &self,
+        want: &Wanted,
+        tenant: &Tenant,
+        owed: Owed,
+        began: &Began,
+    ) -> Result<Section, Error> {
+        let canonical = self.canonical(want, tenant, owed, began.mark).await?;
         let section = Section::of(&canonical);
         if let Some(writer) = &self.writer {
-            writer.write_behind(want.key, want.spans.clone(), canonical);
+            let terms = Terms { hold: None, since: began.since.clone() };
+            writer.write_behind(want.key, terms, want.spans.clone(), canonical);
         }
         Ok(section)
     }
 
     /// Computes a section and keeps it in RAM.
-    async fn canonical(&self, want: &Wanted, tenant: &Tenant, owed: Owed) -> Result<Canonical, Error> {
+    async fn canonical(
+        &self,
+        want: &Wanted,
+        tenant: &Tenant,
+        owed: Owed,
+        mark: Mark,
+    ) -> Result<Canonical, Error> {
         let behind = if want.anchored { Arc::clone(&self.anchor) } else { Arc::from([]) };
         let canonical = self.engine.canonical(behind, want.ids.clone(), Tenant::clone(tenant), owed).await?;
-        self.ram.insert(want.key, Section::of(&canonical));
+        self.ram.insert(want.key, Section::of(&canonical), mark);
         Ok(canonical)
     }
 }
