@@ -236,7 +236,7 @@ mod tests {
         for step in [1, 2, 5, 6, 1000, sent.len()] {
             let (mut reader, mut came) = (Reader::new(1 << 20), Vec::new());
             for piece in sent.chunks(step) {
-                assert!(reader.push(Bytes::copy_from_slice(piece)) == ());
+                reader.push(Bytes::copy_from_slice(piece));
                 while let Some(frame) = reader.next().expect("sound bytes") {
                     came.push(frame);
                 }

@@ -128,13 +128,7 @@ impl Workers {
                 Ok(described) => return Ok(described),
                 Err(failed) => failed,
             };
-            let hopeless = match &failed {
-                Error::Worker { status, .. } => {
-                    matches!(status.code(), Code::Unimplemented | Code::PermissionDenied)
-                }
-                _ => true,
-            };
-            if hopeless || Instant::now() + pause >= deadline {
+            if !may_pass(&failed) || Instant::now() + pause >= deadline {
                 return Err(failed);
             }
             tracing::debug!(%failed, "no worker describes itself yet");
@@ -143,7 +137,7 @@ impl Workers {
         }
     }
 
-    /// The first worker that answers and fits; else the last one's error.
+    /// The first worker that answers and fits; else an error, one that waiting may change where there is one.
     async fn ask_around(&self) -> Result<Arc<Described>, Error> {
         let nobody = || Status::unavailable("no worker was found");
         let mut failed = Error::Worker { endpoint: "workers".into(), status: Box::new(nobody()) };
@@ -164,7 +158,9 @@ impl Workers {
                     *self.described.write() = Some(Arc::clone(&described));
                     return Ok(described);
                 }
-                Err(error) => failed = error,
+                // One that is starting may still be the one that fits.
+                Err(error) if tried.len() == 1 || may_pass(&error) => failed = error,
+                Err(_) => {}
             }
         }
         Err(failed)
@@ -184,6 +180,16 @@ impl Workers {
             }
             Err(error) => status::unavailable(error),
         }
+    }
+}
+
+/// Whether a worker that cannot be used for this may be usable later.
+fn may_pass(failed: &Error) -> bool {
+    match failed {
+        Error::Worker { status, .. } => {
+            !matches!(status.code(), Code::Unimplemented | Code::PermissionDenied)
+        }
+        _ => false,
     }
 }
 

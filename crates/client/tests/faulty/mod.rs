@@ -119,7 +119,7 @@ pub struct Documents {
     pub claims: HashMap<Bytes, HashSet<Bytes>>,
     pub gone: HashMap<Bytes, u64>,
     /// What a document's deletion took, for when it is asked for again.
-    receipts: HashMap<Bytes, (Vec<Bytes>, usize)>,
+    receipts: HashMap<Bytes, (Vec<Bytes>, usize, u32)>,
 }
 
 impl Documents {
@@ -382,19 +382,19 @@ impl Cache for Faulty {
         let mut documents = self.documents.lock().unwrap();
         let claimed = documents.claims.remove(&document).unwrap_or_default();
         let before = documents.receipts.remove(&document).filter(|_| claimed.is_empty());
-        let (mut went, mut objects) = before.unwrap_or_default();
+        let (mut went, mut objects, mut kept) = before.unwrap_or_default();
         let generation = self.deletions.fetch_add(1, Ordering::SeqCst) + 2;
-        let mut kept = 0;
-        for key in claimed.into_iter().chain(keys) {
+        let own = claimed.into_iter().map(|key| (key, 1));
+        for (key, counted) in own.chain(keys.into_iter().map(|key| (key, 0))) {
             if documents.claimed(&key) {
-                kept += 1;
+                kept += counted;
             } else if !went.contains(&key) {
                 objects += usize::from(self.held.lock().unwrap().remove(&key).is_some());
                 documents.gone.insert(key.clone(), generation);
                 went.push(key);
             }
         }
-        documents.receipts.insert(document, (went.clone(), objects));
+        documents.receipts.insert(document, (went.clone(), objects, kept));
         let tiers = vec![v1::TierDeletion::of(Tier::StoreDisk, objects, 7 * objects as u64)];
         Ok(Response::new(v1::DeleteDocumentResponse { generation, tiers, keys: went, kept }))
     }

@@ -50,7 +50,7 @@ impl Test {
 
     fn delete_with(&self, by: u8, further: &[ChunkKey], now: u64) -> Deleted {
         let weigh = |_: Option<LayoutId>, key: &ChunkKey| {
-            let ram = (key.as_bytes()[0] % 2 == 0).then_some(10);
+            let ram = (key.as_bytes()[0].is_multiple_of(2)).then_some(10);
             Some(Weight { disk: Some(10), ram })
         };
         self.journal().delete_document(document(by), further, now, weigh).unwrap()
