@@ -172,7 +172,7 @@ fn plain() -> Sample {
         spans: None,
         rank: None,
         ids: None,
-        codec: Codec::default(),
+        codec: Codec::COMPRESSED,
     }
 }
 

@@ -166,7 +166,7 @@ mod tests {
             spans: Some(&spans),
             rank: Some(Rank { version: 1, ranks: &[9; 40] }),
         };
-        let bytes = encode(&parts, Codec::default()).unwrap();
+        let bytes = encode(&parts, Codec::COMPRESSED).unwrap();
         (Announced { layout, key, bytes: bytes.len() as u64 }, bytes)
     }
 

@@ -90,7 +90,7 @@ fn container(n: u64) -> Bytes {
         spans: None,
         rank: None,
     };
-    encode(&parts, Codec::default()).unwrap().into()
+    encode(&parts, Codec::COMPRESSED).unwrap().into()
 }
 
 /// What a client knows of an object.

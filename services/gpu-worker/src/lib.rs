@@ -21,6 +21,7 @@ mod writer;
 pub use options::{Loading, Options};
 
 use anyhow::Context as _;
+use cacheclip_chunk::Codec;
 use cacheclip_client::StoreClient;
 use cacheclip_kernels::page::{HeadShape, pages_for};
 use cacheclip_model::{Cpu, certificate, layout::spec, load};
@@ -81,7 +82,9 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         [] => None,
         seeds => Some(StoreClient::connect(seeds, &options.connect)?),
     };
-    let writer = stores.clone().map(|stores| Writer::start(stores, Arc::clone(&layout), options.write_queue));
+    let codec = if options.compress { Codec::COMPRESSED } else { Codec::default() };
+    let writer =
+        stores.clone().map(|stores| Writer::start(stores, Arc::clone(&layout), options.write_queue, codec));
     let ram = Ram::new(options.ram_bytes);
     let loader = Loader::new(
         ram.clone(),

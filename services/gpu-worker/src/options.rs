@@ -62,6 +62,8 @@ pub struct Options {
     pub pipeline: bool,
     /// Chunks that may wait to be written to the stores; one more is not stored.
     pub write_queue: usize,
+    /// Compress KV that is written to the stores: it takes less room there, and pays in time over slow links only.
+    pub compress: bool,
     /// Fuse the static rank of ingest with the scorer's order.
     pub fuse_static_rank: bool,
     /// Fuse the primary's own question attention on the stale cache.
@@ -92,6 +94,7 @@ impl Default for Options {
             loading: Loading::Auto,
             pipeline: true,
             write_queue: 64,
+            compress: false,
             fuse_static_rank: false,
             probe: false,
             shadow_ratio: 0.0,

@@ -14,12 +14,13 @@ use std::sync::Arc;
 pub(crate) struct Writer {
     publisher: Publisher,
     layout: Arc<Layout>,
+    codec: Codec,
 }
 
 impl Writer {
     /// Starts the task; at most `queue` chunks wait.
-    pub(crate) fn start(stores: StoreClient, layout: Arc<Layout>, queue: usize) -> Self {
-        Self { publisher: Publisher::start(stores, queue, metrics::write), layout }
+    pub(crate) fn start(stores: StoreClient, layout: Arc<Layout>, queue: usize, codec: Codec) -> Self {
+        Self { publisher: Publisher::start(stores, queue, metrics::write), layout, codec }
     }
 
     /// Queues a chunk; see [`Publisher::write_behind`]. One that was dropped is offered again when it is next
@@ -31,8 +32,8 @@ impl Writer {
         spans: Vec<ByteSpan>,
         canonical: Canonical,
     ) {
-        let layout = Arc::clone(&self.layout);
-        self.publisher.write_behind(key, terms, move || container(&layout, key, &spans, &canonical));
+        let (layout, codec) = (Arc::clone(&self.layout), self.codec);
+        self.publisher.write_behind(key, terms, move || container(&layout, codec, key, &spans, &canonical));
     }
 
     /// Publishes a chunk and waits until the store has answered; see [`Publisher::write`].
@@ -43,13 +44,14 @@ impl Writer {
         spans: Vec<ByteSpan>,
         canonical: Canonical,
     ) -> &'static str {
-        let layout = Arc::clone(&self.layout);
-        self.publisher.write(key, terms, move || container(&layout, key, &spans, &canonical)).await
+        let (layout, codec) = (Arc::clone(&self.layout), self.codec);
+        self.publisher.write(key, terms, move || container(&layout, codec, key, &spans, &canonical)).await
     }
 }
 
 fn container(
     layout: &Layout,
+    codec: Codec,
     key: ChunkKey,
     spans: &[ByteSpan],
     canonical: &Canonical,
@@ -65,5 +67,5 @@ fn container(
         spans: Some(spans),
         rank: Some(Rank { version: RANK_VERSION, ranks: &canonical.rank }),
     };
-    Ok(encode(&parts, Codec::default())?.into())
+    Ok(encode(&parts, codec)?.into())
 }

@@ -108,7 +108,8 @@ impl Machine {
     async fn hold(&self, document: u8, numbers: Range<u32>, tape: &Tape) {
         let keys = numbers.map(|n| id_bytes(key(n).as_bytes())).collect();
         let hold = Some(Hold { document: id_bytes(&[document; 32]), ttl_seconds: 0 });
-        let request = HoldRequest { layout: id_bytes(LAYOUT.as_bytes()), keys, hold, ..HoldRequest::default() };
+        let request =
+            HoldRequest { layout: id_bytes(LAYOUT.as_bytes()), keys, hold, ..HoldRequest::default() };
         self.client.clone().hold(request).await.unwrap();
         tape.tell(Told::Held(document));
     }
@@ -185,18 +186,27 @@ struct Promised {
 
 fn promised(steps: &[Step]) -> Promised {
     let mut promised = Promised::default();
+    // Evicted before its writer heard that it was stored.
+    let mut evicted = BTreeSet::new();
     for step in steps {
         match step {
-            Step::Told(Told::Putting(n)) => promised.gone.remove(n),
-            Step::Told(Told::Put(n)) => promised.there.insert(*n),
-            Step::Told(Told::Deleting(n)) => promised.there.remove(n),
-            Step::Told(Told::Deleted(n)) => promised.gone.insert(*n),
+            Step::Told(Told::Putting(n)) => {
+                promised.gone.remove(n);
+                evicted.remove(n);
+            }
+            Step::Told(Told::Put(n)) if !evicted.contains(n) => drop(promised.there.insert(*n)),
+            Step::Told(Told::Deleting(n)) => drop(promised.there.remove(n)),
+            Step::Told(Told::Deleted(n)) => drop(promised.gone.insert(*n)),
+            Step::Rename(_, to) if number(to).is_some() => evicted.retain(|n| number(to) != Some(*n)),
             // Evicted, or damaged and set aside: neither is promised to stay.
             Step::Remove(path) | Step::Rename(path, _) => {
-                number(path).is_some_and(|n| promised.there.remove(&n))
+                if let Some(n) = number(path) {
+                    promised.there.remove(&n);
+                    evicted.insert(n);
+                }
             }
-            _ => false,
-        };
+            _ => {}
+        }
     }
     promised
 }

@@ -51,7 +51,7 @@ pub fn container(n: u32, tokens: u32) -> Bytes {
         spans: Some(&spans),
         rank: Some(Rank { version: 1, ranks: &vec![5; tokens as usize] }),
     };
-    encode(&parts, Codec::default()).unwrap().into()
+    encode(&parts, Codec::COMPRESSED).unwrap().into()
 }
 
 pub fn options(dir: &Path) -> Options {
