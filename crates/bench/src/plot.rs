@@ -224,9 +224,12 @@ impl Bars {
             drawn.legend(move |(x, y)| Rectangle::new([(x, y - 4), (x + 16, y + 4)], colour.filled()));
         }
         let below = ("sans-serif", 16).into_text_style(&area).pos(Pos::new(HPos::Center, VPos::Top));
-        chart.draw_series(self.groups.iter().enumerate().map(|(group, (name, _))| {
-            Text::new(name.clone(), (group as f64 + 0.5, 0.0), below.clone())
-        }))?;
+        chart.draw_series(
+            self.groups
+                .iter()
+                .enumerate()
+                .map(|(group, (name, _))| Text::new(name.clone(), (group as f64 + 0.5, 0.0), below.clone())),
+        )?;
         chart
             .configure_series_labels()
             .position(SeriesLabelPosition::UpperRight)

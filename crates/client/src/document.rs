@@ -12,6 +12,7 @@ use cacheclip_rpc::v1::{
     DeleteDocumentRequest, DeleteDocumentResponse, Hold, HoldRequest, PinRequest, TierDeletion, UnpinRequest,
 };
 use cacheclip_service::request_id::outgoing;
+use cacheclip_service::seconds;
 use futures::future::join_all;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -43,6 +44,7 @@ impl StoreClient {
     /// # Errors
     /// No live store, or one that refuses or cannot be reached in time: the claim may not be recorded.
     pub async fn hold(&self, layout: LayoutId, keys: &[ChunkKey], hold: &Hold) -> Result<(), Error> {
+        self.fleet.one_live(seconds(self.options.call_timeout_seconds)).await;
         let calls = self.places(layout, keys).await?;
         let calls = calls.into_iter().map(async |(node, keys)| {
             let request = HoldRequest {

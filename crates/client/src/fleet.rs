@@ -76,6 +76,14 @@ impl Fleet {
         let _ = tokio::time::timeout(patience, self.0.met.subscribe().wait_for(|met| *met)).await;
     }
 
+    /// Waits until a store is live, but not for longer than this: stores may be starting beside who asks.
+    pub(crate) async fn one_live(&self, patience: Duration) {
+        // The end of every round is told.
+        let live = async { self.0.met.subscribe().wait_for(|_| self.0.any_live()).await.is_ok() };
+        // Too long: who goes on finds none.
+        let _ = tokio::time::timeout(patience, live).await;
+    }
+
     /// The live stores at this moment.
     pub(crate) fn view(&self) -> View {
         let nodes = self.0.nodes.read();

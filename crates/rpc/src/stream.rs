@@ -1,4 +1,4 @@
-//! Both ends of a stream of KV frames, by [`frames`](crate::frames).
+//! Both ends of a stream of KV frames, which `frames` cuts and joins without copying KV.
 //!
 //! A server answers `Cache.Get` and `Cache.GetLayers` with [`answer`], a client asks with [`get`] and [`get_layers`].
 

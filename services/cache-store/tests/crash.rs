@@ -420,7 +420,11 @@ async fn a_store_killed_under_load_loses_nothing_acknowledged_and_serves_nothing
         found.returned.len()
     );
     assert!(found.puts > rounds, "{} puts in {rounds} rounds: too few to mean much", found.puts);
-    assert!(found.deletions > rounds, "{} deletions in {rounds} rounds: too few to mean much", found.deletions);
+    assert!(
+        found.deletions > rounds,
+        "{} deletions in {rounds} rounds: too few to mean much",
+        found.deletions
+    );
     assert!(found.lost.is_empty(), "acknowledged and lost: {:#?}", found.lost);
     assert!(found.corrupt.is_empty(), "served and not what was put: {:#?}", found.corrupt);
     assert!(found.returned.is_empty(), "deleted and back: {:#?}", found.returned);

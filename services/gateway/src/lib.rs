@@ -66,11 +66,7 @@ pub async fn start(options: Options) -> Result<Running, Error> {
     let sections = Sections::new(composer.clone(), secret, options.token_cache_bytes);
     let limit = seconds(options.worker_timeout_seconds);
     let shared = Shared {
-        deletion: Deletion {
-            workers: workers.clone(),
-            scorers: scorers.clone(),
-            sections: sections.clone(),
-        },
+        deletion: Deletion { workers: workers.clone(), scorers: scorers.clone(), sections: sections.clone() },
         relay: Relay { workers: workers.clone(), scorers: scorers.clone(), idle: limit },
         ingest: Ingest {
             workers: workers.clone(),
