@@ -60,6 +60,9 @@ impl Bucket {
             let why = format!("is {}, must be above 0", options.bucket_timeout_seconds);
             return Err(wrong("bucket_timeout_seconds", why));
         }
+        if options.bucket_queue == 0 {
+            return Err(wrong("bucket_queue", "is 0, must be above 0: nothing would be uploaded".into()));
+        }
         let objects = Objects::open(url, timeout).map_err(|why| wrong("bucket", why))?;
         Ok(Some(Self::over(objects.below(&options.node), options.bucket_queue)))
     }

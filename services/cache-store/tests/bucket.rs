@@ -210,14 +210,19 @@ async fn a_bucket_that_cannot_be_reached_costs_misses_and_holds_up_deletions_onl
 #[tokio::test]
 async fn an_option_that_cannot_work_is_named() {
     let dir = tempfile::tempdir().unwrap();
-    for (field, bucket, seconds) in [
-        ("bucket:", "not a url", 1.0),
-        ("bucket:", "ftp://host/path", 1.0),
-        ("bucket:", "gs://name/path", 1.0),
-        ("bucket_timeout_seconds:", "memory:///", 0.0),
+    for (field, bucket, bucket_queue, bucket_timeout_seconds) in [
+        ("bucket:", "not a url", 1, 1.0),
+        ("bucket:", "ftp://host/path", 1, 1.0),
+        ("bucket:", "gs://name/path", 1, 1.0),
+        ("bucket_queue:", "memory:///", 0, 1.0),
+        ("bucket_timeout_seconds:", "memory:///", 1, 0.0),
     ] {
-        let options =
-            Options { bucket: Some(bucket.into()), bucket_timeout_seconds: seconds, ..options(dir.path()) };
+        let options = Options {
+            bucket: Some(bucket.into()),
+            bucket_queue,
+            bucket_timeout_seconds,
+            ..options(dir.path())
+        };
         let error = open(options).await.unwrap_err().to_string();
         assert!(
             error.starts_with(field) && error.contains(if field == "bucket:" { "s3://" } else { "above" }),
@@ -262,7 +267,7 @@ async fn verify_tells_the_damage_of_a_bucket_apart() {
     let mut bytes = container(1, 20).to_vec();
     bytes[offset + 1] ^= 1;
     fs::write(in_bucket(dir.path(), 1), &bytes).unwrap();
-    fs::write(in_bucket(dir.path(), 2), &bytes[..5000]).unwrap();
+    fs::write(in_bucket(dir.path(), 2), &container(2, 20)[..5000]).unwrap();
     fs::write(in_bucket(dir.path(), 3), container(0, 20)).unwrap();
     fs::write(dir.path().join("bucket/store/notes.txt"), b"?").unwrap();
     let report = check(url(dir.path())).await;

@@ -94,8 +94,13 @@ impl Core {
     fn lose(&self, key: &ChunkKey, container: ContainerHash, why: &dyn std::fmt::Display) -> MissReason {
         {
             let mut catalogue = self.catalogue.lock();
-            if catalogue.known_as(key) != Some(container) || catalogue.remote(key) != Remote::Yes {
-                return MissReason::Unavailable;
+            match catalogue.known_as(key) {
+                // Deleted or expired while it was fetched.
+                None => return catalogue.reason(key),
+                Some(known) if known != container || catalogue.remote(key) != Remote::Yes => {
+                    return MissReason::Unavailable;
+                }
+                Some(_) => {}
             }
             catalogue.set_remote(key, Remote::Unsure);
             if catalogue.on_disk(key).is_none() {
