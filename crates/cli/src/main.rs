@@ -39,7 +39,7 @@ enum Command {
     /// Delete the KV of an ingested document from stores, workers and scorers. Exit code 3 while one of them has not
     /// answered: ask again until it is 0.
     Delete(delete::Arguments),
-    /// Check every byte of a store's data directory, changing nothing. Exit code 0: all containers are good; 1: some
+    /// Check every byte of a store's data directory or bucket, changing nothing. Exit code 0: all containers are good; 1: some
     /// are damaged; 2: something could not be read, and nothing that could be was damaged.
     Verify(verify::Arguments),
     /// Evaluate quality: task families × policies × ratios, as a share of the same model's full prefill.
@@ -90,7 +90,7 @@ fn main() -> ExitCode {
             Command::Ask(arguments) => ask::run(arguments).await,
             Command::Ingest(arguments) => ingest::run(arguments).await,
             Command::Delete(arguments) => delete::run(arguments).await,
-            Command::Verify(arguments) => Ok(verify::run(&arguments)),
+            Command::Verify(arguments) => Ok(verify::run(&arguments).await),
             Command::Eval(arguments) => eval::run(&arguments),
             Command::Bench(bench) => bench::run(bench).await,
             Command::Metrics { markdown: true } => {

@@ -1,30 +1,35 @@
-//! `cacheclip verify`: whether the containers of a data directory are what was written.
+//! `cacheclip verify`: whether the containers of a data directory or of a bucket are what was written.
 
 use crate::text;
 use anyhow::Context as _;
-use cacheclip_cache_store::verify::{Directory, Finding, Report};
+use cacheclip_cache_store::verify::{Finding, Listing, Report};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Exit code where something is damaged.
 const DAMAGED: u8 = 1;
 /// Exit code where something could not be read.
 const UNREADABLE: u8 = 2;
+/// Longest wait for an answer of a bucket.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Arguments of `verify`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// A store's `data_dir`. The store need not run, and may: containers that come or go meanwhile are no damage, and
-    /// puts under way show as leftovers.
-    directory: PathBuf,
+    /// A store's `data_dir`, or the URL of its `bucket` with or without the node's name: s3://NAME/PREFIX/NODE. The
+    /// store need not run, and may: containers that come or go meanwhile are no damage, and puts under way show as
+    /// leftovers.
+    #[arg(value_name = "DIR|URL")]
+    place: String,
     /// Print the report as JSON.
     #[arg(long)]
     json: bool,
 }
 
-pub(crate) fn run(arguments: &Arguments) -> ExitCode {
-    match check(arguments) {
+pub(crate) async fn run(arguments: &Arguments) -> ExitCode {
+    match check(arguments).await {
         Ok(report) if report.is_damaged() => ExitCode::from(DAMAGED),
         Ok(report) if report.is_complete() => ExitCode::SUCCESS,
         Ok(_) => ExitCode::from(UNREADABLE),
@@ -32,8 +37,12 @@ pub(crate) fn run(arguments: &Arguments) -> ExitCode {
     }
 }
 
-fn check(Arguments { directory, json }: &Arguments) -> anyhow::Result<Report> {
-    let listed = Directory::list(directory).with_context(|| directory.display().to_string())?;
+async fn check(Arguments { place, json }: &Arguments) -> anyhow::Result<Report> {
+    let listed = match place.contains("://") {
+        true => Listing::bucket(place, PATIENCE).await,
+        false => Listing::directory(Path::new(place)),
+    };
+    let listed = listed.with_context(|| place.clone())?;
     let bar = ProgressBar::new(listed.bytes());
     bar.set_style(
         ProgressStyle::with_template("[{bar:40}] {bytes}/{total_bytes} {eta}")?.progress_chars("=> "),

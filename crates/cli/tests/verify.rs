@@ -3,12 +3,13 @@
 
 use cacheclip_chunk::{ChunkKey, Codec, Dtype, Head, KvShape, LayoutId, Parts, encode};
 use serde_json::{Value, json};
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-fn verify(directory: &Path, more: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_cacheclip")).arg("verify").arg(directory).args(more).output().unwrap()
+fn verify(place: impl AsRef<OsStr>, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_cacheclip")).arg("verify").arg(place).args(more).output().unwrap()
 }
 
 /// Puts a container into a data directory; its path and its head.
@@ -61,8 +62,36 @@ fn the_exit_code_says_whether_all_is_good_damaged_or_unread() {
     assert!(told.contains("DAMAGED in segment 1"), "{told}");
     assert_eq!(fs::read(&path).unwrap(), bytes, "nothing is changed");
 
-    let nowhere = verify(&dir.path().join("nowhere"), &[]);
+    let nowhere = verify(dir.path().join("nowhere"), &[]);
     assert_eq!(nowhere.status.code(), Some(2));
     let told = String::from_utf8(nowhere.stderr).unwrap();
     assert!(told.contains("nowhere") && told.lines().count() == 1, "{told}");
+}
+
+#[test]
+fn a_bucket_is_checked_by_its_url() {
+    let dir = tempfile::tempdir().unwrap();
+    lay(dir.path(), 1);
+    let (path, head) = lay(dir.path(), 2);
+    // A node's part of a bucket has the shelves that a data directory has.
+    let url = format!("file://{}/objects", dir.path().display());
+    let good = verify(&url, &[]);
+    assert_eq!(good.status.code(), Some(0), "{good:?}");
+    assert!(String::from_utf8(good.stdout).unwrap().starts_with("2 containers are good"));
+
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[head.segments()[1].offset as usize] ^= 1;
+    fs::write(&path, &bytes).unwrap();
+    let damaged = verify(&url, &["--json"]);
+    assert_eq!(damaged.status.code(), Some(1));
+    let report: Value = serde_json::from_slice(&damaged.stdout).unwrap();
+    assert_eq!((&report["good"], &report["findings"][0]["segments"]), (&json!(1), &json!([1])));
+    assert_eq!(report["findings"][0]["path"], json!(path.strip_prefix(dir.path().join("objects")).unwrap()));
+
+    for (url, why) in [(format!("{url}/nowhere"), "no objects"), ("ftp://host/path".into(), "s3://")] {
+        let nowhere = verify(&url, &[]);
+        assert_eq!(nowhere.status.code(), Some(2));
+        let told = String::from_utf8(nowhere.stderr).unwrap();
+        assert!(told.contains(&url) && told.contains(why) && told.lines().count() == 1, "{told}");
+    }
 }

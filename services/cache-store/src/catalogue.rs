@@ -1,10 +1,17 @@
-//! What is on disk, as known in memory: records, their order of use and their time, bytes, and why others are gone.
+//! What is on disk and in the bucket, as known in memory: records, their order of use and their time, bytes, and why
+//! others are gone.
+
+mod gone;
+mod remote;
+
+pub(crate) use remote::{Held, Remote};
 
 use crate::clock::Clock;
 use crate::disk;
 use crate::journal::NEVER;
 use cacheclip_chunk::{ChunkKey, ContainerHash, Head, LayoutId};
 use cacheclip_rpc::v1::MissReason;
+use gone::Gone;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::path::PathBuf;
 
@@ -42,15 +49,35 @@ pub(crate) enum Victim {
     Object(ChunkKey, u64),
 }
 
-/// A record, when it was last used, and its time.
+/// What was taken out of the catalogue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Taken {
+    pub(crate) record: Record,
+    /// It has a file, whose bytes stay used until [`Catalogue::release`].
+    pub(crate) on_disk: bool,
+    /// It was served from somewhere.
+    pub(crate) here: bool,
+}
+
+/// A record, where its object is, when it was last used, and its time. What is not on disk and surely not in the
+/// bucket has none.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     record: Record,
+    on_disk: bool,
+    remote: Remote,
     used_at: u64,
     /// From then on it is not served.
     expires: u64,
-    /// Until then it is not evicted; 0: it has no pin.
+    /// Until then it is not evicted from disk; 0: it has no pin.
     pinned: u64,
+}
+
+impl Slot {
+    /// Whether it can be served.
+    fn is_here(&self) -> bool {
+        self.on_disk || self.remote == Remote::Yes
+    }
 }
 
 /// The catalogue. Bytes count as used from reservation until their file is gone, so that the cap holds at
@@ -59,7 +86,7 @@ struct Slot {
 pub(crate) struct Catalogue {
     clock: Clock,
     slots: HashMap<ChunkKey, Slot>,
-    /// What may be evicted; what is pinned is not here.
+    /// What may be evicted from disk; what is pinned is not here.
     by_use: BTreeMap<u64, ChunkKey>,
     /// What expires, by when.
     by_expiry: BTreeSet<(u64, ChunkKey)>,
@@ -70,6 +97,7 @@ pub(crate) struct Catalogue {
     used: u64,
     capacity: u64,
     quarantined: VecDeque<(PathBuf, u64)>,
+    bucket: Held,
     gone: Gone,
 }
 
@@ -86,13 +114,14 @@ impl Catalogue {
             used: 0,
             capacity,
             quarantined: VecDeque::new(),
+            bucket: Held::default(),
             gone: Gone::default(),
         }
     }
 
     /// The record of a key, if its layout is the one asked for and its time is not over.
     pub(crate) fn find(&self, layout: LayoutId, key: &ChunkKey) -> Result<Record, MissReason> {
-        match self.slots.get(key) {
+        match self.slots.get(key).filter(|slot| slot.is_here()) {
             Some(slot) if slot.record.layout != layout => Err(MissReason::Layout),
             Some(slot) if self.is_over(slot) => Err(MissReason::Expired),
             Some(slot) => Ok(slot.record),
@@ -114,13 +143,19 @@ impl Catalogue {
         self.gone.reason(key)
     }
 
-    /// The record of a key, whether or not its time is over.
+    /// The record of a key that is on disk or in the bucket, whether or not its time is over.
     pub(crate) fn record(&self, key: &ChunkKey) -> Option<Record> {
-        self.slots.get(key).map(|slot| slot.record)
+        self.slots.get(key).filter(|slot| slot.is_here()).map(|slot| slot.record)
     }
 
+    /// The record of a key that is on disk.
+    pub(crate) fn on_disk(&self, key: &ChunkKey) -> Option<Record> {
+        self.slots.get(key).filter(|slot| slot.on_disk).map(|slot| slot.record)
+    }
+
+    /// All that is on disk or in the bucket.
     pub(crate) fn records(&self) -> impl Iterator<Item = (ChunkKey, Record)> + '_ {
-        self.slots.iter().map(|(key, slot)| (*key, slot.record))
+        self.slots.iter().filter(|(_, slot)| slot.is_here()).map(|(key, slot)| (*key, slot.record))
     }
 
     /// Marks a key as just used.
@@ -134,22 +169,46 @@ impl Catalogue {
         }
     }
 
-    /// Adds a record whose bytes are reserved already. The key must not be there.
+    /// Adds a record of a file whose bytes are reserved already. The key must not be on disk; in the bucket it may be.
     pub(crate) fn insert(&mut self, key: ChunkKey, record: Record) {
         self.gone.forget(&key);
+        let before = self.remove(&key);
+        let remote = match before {
+            None => Remote::No,
+            Some(before) if before.record.hash == record.hash && !self.is_over(&before) => before.remote,
+            // Another container, or one whose time began earlier: the upload of this one takes its place.
+            Some(before) => match before.remote {
+                Remote::No => Remote::No,
+                Remote::Unsure | Remote::Yes => Remote::Unsure,
+            },
+        };
         self.uses += 1;
         self.by_use.insert(self.uses, key);
-        self.slots.insert(key, Slot { record, used_at: self.uses, expires: NEVER, pinned: 0 });
+        let slot = Slot { record, on_disk: true, remote, used_at: self.uses, expires: NEVER, pinned: 0 };
+        self.add(key, slot);
     }
 
-    /// Takes a record out; its bytes stay used until [`Catalogue::release`].
-    pub(crate) fn take(&mut self, key: &ChunkKey, reason: MissReason) -> Option<Record> {
+    fn add(&mut self, key: ChunkKey, slot: Slot) {
+        self.bucket.count(Remote::No, slot.remote, slot.record.bytes);
+        self.slots.insert(key, slot);
+    }
+
+    fn remove(&mut self, key: &ChunkKey) -> Option<Slot> {
         self.unpin(key);
         let slot = self.slots.remove(key)?;
-        self.by_use.remove(&slot.used_at);
+        if slot.on_disk {
+            self.by_use.remove(&slot.used_at);
+        }
         self.by_expiry.remove(&(slot.expires, *key));
+        self.bucket.count(slot.remote, Remote::No, slot.record.bytes);
+        Some(slot)
+    }
+
+    /// Takes a record out, wherever its object is.
+    pub(crate) fn take(&mut self, key: &ChunkKey, reason: MissReason) -> Option<Taken> {
+        let slot = self.remove(key)?;
         self.gone.remember(*key, reason);
-        Some(slot.record)
+        Some(Taken { record: slot.record, on_disk: slot.on_disk, here: slot.is_here() })
     }
 
     /// Says when a key's time is over, [`NEVER`] included.
@@ -163,16 +222,23 @@ impl Catalogue {
         }
     }
 
+    /// As [`Catalogue::expire_at`], unless its time is over earlier.
+    pub(crate) fn expire_by(&mut self, key: &ChunkKey, expires: u64) {
+        if self.slots.get(key).is_some_and(|slot| slot.expires > expires) {
+            self.expire_at(key, expires);
+        }
+    }
+
     /// Keys whose time is over by `now`, not more than so many.
     pub(crate) fn expired(&self, now: u64, most: usize) -> Vec<ChunkKey> {
         let over = self.by_expiry.iter().take_while(|(expires, _)| *expires <= now);
         over.map(|(_, key)| *key).take(most).collect()
     }
 
-    /// Keeps a key from eviction until then; false where it is not here.
+    /// Keeps a key from eviction until then; false where it is not on disk.
     pub(crate) fn pin(&mut self, key: &ChunkKey, until: u64) -> bool {
         self.unpin(key);
-        let Some(slot) = self.slots.get_mut(key) else { return false };
+        let Some(slot) = self.slots.get_mut(key).filter(|slot| slot.on_disk) else { return false };
         slot.pinned = until;
         self.by_use.remove(&slot.used_at);
         self.by_pin.insert((until, *key));
@@ -237,18 +303,24 @@ impl Catalogue {
         Vec::from(taken)
     }
 
-    /// Takes out what should go first, if anything may.
+    /// Takes from the disk's books what should go first, if anything may.
     pub(crate) fn victim(&mut self) -> Option<Victim> {
         if let Some((path, bytes)) = self.quarantined.pop_front() {
             return Some(Victim::Quarantined(path, bytes));
         }
         self.end_pins();
         let key = *self.by_use.values().next()?;
-        let record = self.take(&key, MissReason::Evicted)?;
-        Some(Victim::Object(key, record.bytes))
+        let bytes = self.leave_disk(&key, MissReason::Evicted)?;
+        Some(Victim::Object(key, bytes))
     }
 
+    /// How many objects are on disk.
     pub(crate) fn len(&self) -> usize {
+        self.by_use.len() + self.by_pin.len()
+    }
+
+    /// How many objects are on disk or in the bucket.
+    pub(crate) fn records_len(&self) -> usize {
         self.slots.len()
     }
 
@@ -269,126 +341,5 @@ impl Catalogue {
     }
 }
 
-/// Why recent keys are gone; bounded, first in, first out.
-#[derive(Debug, Default)]
-struct Gone {
-    reasons: HashMap<ChunkKey, (MissReason, u64)>,
-    order: VecDeque<(ChunkKey, u64)>,
-    clock: u64,
-}
-
-impl Gone {
-    fn reason(&self, key: &ChunkKey) -> MissReason {
-        self.reasons.get(key).map_or(MissReason::NeverSeen, |(reason, _)| *reason)
-    }
-
-    fn forget(&mut self, key: &ChunkKey) {
-        self.reasons.remove(key);
-    }
-
-    fn remember(&mut self, key: ChunkKey, reason: MissReason) {
-        self.clock += 1;
-        self.reasons.insert(key, (reason, self.clock));
-        self.order.push_back((key, self.clock));
-        while self.order.len() > REMEMBERED {
-            if let Some((key, at)) = self.order.pop_front()
-                && self.reasons.get(&key).is_some_and(|(_, latest)| *latest == at)
-            {
-                self.reasons.remove(&key);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    fn key(n: u32) -> ChunkKey {
-        let mut bytes = [0; 32];
-        bytes[..4].copy_from_slice(&n.to_le_bytes());
-        ChunkKey::from_bytes(bytes)
-    }
-
-    const LAYOUT: LayoutId = LayoutId::from_bytes([1; 32]);
-
-    fn record(bytes: u64) -> Record {
-        Record { layout: LAYOUT, hash: ContainerHash::from_bytes([2; 32]), bytes, head_len: 192 }
-    }
-
-    #[test]
-    fn the_least_recently_used_goes_first_and_damaged_files_before_it() {
-        let mut catalogue = Catalogue::new(100, Clock::system());
-        for n in 0..3 {
-            assert!(catalogue.reserve(30));
-            catalogue.insert(key(n), record(30));
-        }
-        catalogue.touch(&key(0));
-        catalogue.set_aside("x".into(), 5);
-        assert!(!catalogue.reserve(6));
-        assert!(matches!(catalogue.victim(), Some(Victim::Quarantined(_, 5))));
-        assert!(matches!(catalogue.victim(), Some(Victim::Object(gone, 30)) if gone == key(1)));
-        assert_eq!(catalogue.find(LAYOUT, &key(1)), Err(MissReason::Evicted));
-        assert_eq!(catalogue.used(), 95, "bytes count until their file is gone");
-        catalogue.release(35);
-        assert!(catalogue.reserve(40));
-    }
-
-    #[test]
-    fn reasons_are_told_and_their_memory_is_bounded() {
-        let mut catalogue = Catalogue::new(100, Clock::system());
-        catalogue.insert(key(1), record(1));
-        assert_eq!(catalogue.find(LayoutId::from_bytes([9; 32]), &key(1)), Err(MissReason::Layout));
-        assert_eq!(catalogue.find(LAYOUT, &key(2)), Err(MissReason::NeverSeen));
-        catalogue.take(&key(1), MissReason::Deleted);
-        assert_eq!(catalogue.find(LAYOUT, &key(1)), Err(MissReason::Deleted));
-        for n in 0..REMEMBERED as u32 {
-            catalogue.remember(key(n + 10), MissReason::Corrupt);
-        }
-        assert_eq!(catalogue.find(LAYOUT, &key(1)), Err(MissReason::NeverSeen));
-        assert_eq!(catalogue.gone.reasons.len(), REMEMBERED);
-    }
-
-    #[test]
-    fn what_is_over_is_not_found_and_what_is_pinned_is_no_victim() {
-        let time = Arc::new(AtomicU64::new(100));
-        let mut catalogue = Catalogue::new(100, Clock::manual(Arc::clone(&time)));
-        for n in 0..3 {
-            assert!(catalogue.reserve(10));
-            catalogue.insert(key(n), record(10));
-        }
-        catalogue.expire_at(&key(1), 110);
-        assert!(catalogue.pin(&key(0), 110) && !catalogue.pin(&key(7), 110));
-        catalogue.touch(&key(0));
-        assert_eq!((catalogue.pinned_bytes(), catalogue.expired(109, 9)), (10, vec![]));
-        assert!(catalogue.find(LAYOUT, &key(1)).is_ok());
-        assert!(matches!(catalogue.victim(), Some(Victim::Object(gone, 10)) if gone == key(1)));
-        assert!(matches!(catalogue.victim(), Some(Victim::Object(gone, 10)) if gone == key(2)));
-        assert!(catalogue.victim().is_none(), "all that is left is pinned");
-        assert!(catalogue.expired(1000, 9).is_empty(), "what was evicted does not expire");
-
-        catalogue.expire_at(&key(0), 120);
-        time.store(120, Ordering::Relaxed);
-        assert_eq!(catalogue.find(LAYOUT, &key(0)), Err(MissReason::Expired));
-        assert_eq!(catalogue.expired(120, 9), [key(0)]);
-        catalogue.expire_at(&key(0), NEVER);
-        assert!(catalogue.find(LAYOUT, &key(0)).is_ok() && catalogue.expired(1000, 9).is_empty());
-        assert!(
-            matches!(catalogue.victim(), Some(Victim::Object(gone, 10)) if gone == key(0)),
-            "its pin ended"
-        );
-        assert_eq!(catalogue.pinned_bytes(), 0);
-    }
-
-    #[test]
-    fn the_damaged_files_of_a_key_are_found_by_their_names() {
-        let mut catalogue = Catalogue::new(100, Clock::system());
-        for (n, serial) in [(1, 0), (2, 0), (1, 1)] {
-            catalogue.set_aside(format!("quarantine/{}.{serial}", key(n)).into(), 5);
-        }
-        let taken = catalogue.take_damaged(&HashSet::from([key(1)]));
-        assert_eq!((taken.len(), catalogue.quarantined(), catalogue.used()), (2, 1, 15));
-    }
-}
+mod tests;

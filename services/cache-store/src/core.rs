@@ -4,6 +4,7 @@
 //! blocking threads only; the catalogue's and the RAM tier's locks are held for moments and never across file
 //! operations.
 
+use crate::bucket::Bucket;
 use crate::catalogue::{Catalogue, REMEMBERED, Record, Victim};
 use crate::changes::{self, Changes};
 use crate::clock::Clock;
@@ -39,6 +40,15 @@ pub(crate) enum Published {
     Deleted,
 }
 
+/// What is still to go of a deleted key.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Doomed {
+    /// Bytes on disk that count until its file is gone.
+    pub(crate) bytes: u64,
+    /// The bucket has not said yet that it has nothing of it.
+    pub(crate) in_bucket: bool,
+}
+
 /// Shared by all requests. Dropped in this order: who gets the directory's lock may open the journal.
 #[derive(Debug)]
 pub(crate) struct Core {
@@ -49,8 +59,9 @@ pub(crate) struct Core {
     pub(crate) ttl: Option<u64>,
     /// Seconds that deletions are remembered.
     pub(crate) tombstone_seconds: u64,
-    /// Deleted keys whose files are still to go, with the bytes that count until then.
-    pub(crate) doomed: Mutex<HashMap<ChunkKey, u64>>,
+    /// Deleted keys of which something is still to go.
+    pub(crate) doomed: Mutex<HashMap<ChunkKey, Doomed>>,
+    pub(crate) bucket: Option<Arc<Bucket>>,
     /// Files that were left alone at the start.
     foreign: u64,
     pub(crate) catalogue: Arc<Mutex<Catalogue>>,
@@ -67,17 +78,30 @@ pub(crate) struct Core {
 impl Core {
     /// Opens the directory, finishes deletions that a predecessor began, and rebuilds all else from what is there.
     pub(crate) async fn open_at(options: &Options, clock: Clock) -> Result<Arc<Self>, Error> {
+        Self::open_with(options, clock, Bucket::open(options)?).await
+    }
+
+    pub(crate) async fn open_with(
+        options: &Options,
+        clock: Clock,
+        bucket: Option<Arc<Bucket>>,
+    ) -> Result<Arc<Self>, Error> {
         let started = Instant::now();
         let disk = lock(options).await?;
         let (root, capacity) = (options.data_dir.clone(), options.disk_bytes);
         let (time, ttl) = (clock.clone(), (options.ttl_seconds > 0).then_some(options.ttl_seconds));
-        let (journal, disk, catalogue, found) = blocking(options, move || {
+        let has_bucket = bucket.is_some();
+        let (journal, disk, catalogue, found, doomed) = blocking(options, move || {
             let journal = Journal::open(&disk.journal(), disk.lock())
                 .map_err(|reason| Error::Journal { path: disk.journal(), reason })?;
             let mut catalogue = Catalogue::new(capacity, time);
-            let found = rebuild(&journal, &disk, &mut catalogue, ttl)
-                .map_err(|reason| Error::DataDir { path: root, reason })?;
-            Ok((journal, disk, catalogue, found))
+            let failed = |reason| Error::DataDir { path: root.clone(), reason };
+            let doomed = finish_deletions(&journal, &disk, has_bucket).map_err(failed)?;
+            let found = rebuild(&journal, &disk, &mut catalogue, ttl).map_err(failed)?;
+            if has_bucket {
+                catalogue.doubt();
+            }
+            Ok((journal, disk, catalogue, found, doomed))
         })
         .await?;
         metrics::capacity(metrics::DISK, options.disk_bytes);
@@ -89,7 +113,8 @@ impl Core {
             clock,
             ttl,
             tombstone_seconds: options.tombstone_seconds,
-            doomed: Mutex::default(),
+            doomed: Mutex::new(doomed),
+            bucket,
             foreign: found.foreign,
             catalogue: Arc::new(Mutex::new(catalogue)),
             ram: Mutex::new(Ram::new(options.ram_bytes)),
@@ -132,6 +157,7 @@ impl Core {
             (ram.used(), ram.capacity())
         };
         let catalogue = self.catalogue.lock();
+        let bucket = catalogue.bucket();
         StatResponse {
             objects: catalogue.len() as u64,
             disk_used_bytes: catalogue.used(),
@@ -142,6 +168,8 @@ impl Core {
             foreign: self.foreign,
             pinned_bytes: catalogue.pinned_bytes(),
             generation: self.journal.generation(),
+            bucket_objects: bucket.objects,
+            bucket_used_bytes: bucket.bytes,
         }
     }
 
@@ -151,16 +179,27 @@ impl Core {
         metrics::used(metrics::DISK, stat.disk_used_bytes);
         metrics::used(metrics::RAM, stat.ram_used_bytes);
         metrics::pinned(stat.pinned_bytes);
+        if self.bucket.is_some() {
+            metrics::bucket_holds(stat.bucket_objects, stat.bucket_used_bytes);
+        }
     }
 
     /// Where a key is, without counting as a use.
     pub(crate) fn locate(&self, layout: LayoutId, key: &ChunkKey) -> Result<(Record, Tier), MissReason> {
-        let record = self.catalogue.lock().find(layout, key)?;
+        let (record, on_disk) = {
+            let catalogue = self.catalogue.lock();
+            (catalogue.find(layout, key)?, catalogue.on_disk(key).is_some())
+        };
         let ram = self.ram.lock();
         let in_ram = ram.peek(key).is_some_and(|object| {
             object.head.hash() == record.hash && object.has(0..object.head.segments().len())
         });
-        Ok((record, if in_ram { Tier::StoreRam } else { Tier::StoreDisk }))
+        let tier = match (in_ram, on_disk) {
+            (true, _) => Tier::StoreRam,
+            (false, true) => Tier::StoreDisk,
+            (false, false) => Tier::StoreBucket,
+        };
+        Ok((record, tier))
     }
 
     /// Reserves room on disk, evicting what was not used for longest. False where that cannot be enough.
@@ -231,12 +270,15 @@ impl Core {
         if self.journal.refuses(&key, document, begun)? {
             return Ok(Published::Deleted);
         }
-        self.remove_expired(&[key])?;
-        if let Some(first) = self.catalogue.lock().record(&key) {
+        self.remove_expired(&[key], false)?;
+        if let Some(first) = self.catalogue.lock().on_disk(&key) {
             return Ok(Published::Existed(first.hash));
         }
         // A deletion whose file could not be removed must not take this one in its place.
         self.finish(&[key])?;
+        if self.doomed.lock().contains_key(&key) {
+            return Err(io::Error::other("its deletion from the bucket is not complete; put again later"));
+        }
         let now = self.clock.now();
         let life = self.journal.lives(&[key], now)?.first().copied().unwrap_or_default();
         self.disk.publish(temporary, &key)?;
@@ -249,12 +291,13 @@ impl Core {
             }
         }
         self.announce.tell(key, true);
+        self.offer(key);
         self.gauge();
         Ok(Published::Stored)
     }
 
-    /// Sets an object aside that was seen to be damaged at `place`, unless another container has been published under
-    /// its key meanwhile.
+    /// Sets an object's file aside that was seen to be damaged at `place`, unless another container has been published
+    /// under its key meanwhile, or it has left the disk.
     pub(crate) fn set_aside(
         &self,
         key: &ChunkKey,
@@ -263,22 +306,22 @@ impl Core {
         why: &dyn std::fmt::Display,
     ) {
         let _changes = self.changes.lock();
-        let Some(record) = self.catalogue.lock().record(key).filter(|it| it.hash == container) else {
+        if self.catalogue.lock().on_disk(key).is_none_or(|it| it.hash != container) {
             return;
-        };
+        }
         metrics::verify_failed(place);
         let moved = self.disk.quarantine_object(key);
         tracing::warn!(%key, %why, "object is damaged: set aside");
         {
             let mut catalogue = self.catalogue.lock();
-            catalogue.take(key, MissReason::Corrupt);
+            let left = catalogue.leave_disk(key, MissReason::Corrupt).unwrap_or_default();
             match moved {
                 Ok((path, bytes)) => {
                     metrics::quarantined();
-                    catalogue.release(record.bytes);
+                    catalogue.release(left);
                     catalogue.set_aside(path, bytes);
                 }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => catalogue.release(record.bytes),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => catalogue.release(left),
                 Err(error) => tracing::error!(%key, %error, "a damaged object cannot be set aside"),
             }
         }
@@ -318,21 +361,30 @@ impl From<&Record> for Entry {
     }
 }
 
+/// Removes the files of deletions that a predecessor began; what the bucket may still have of them.
+fn finish_deletions(journal: &Journal, disk: &Disk, bucket: bool) -> io::Result<HashMap<ChunkKey, Doomed>> {
+    let doomed = journal.doomed()?;
+    if doomed.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let keys: HashSet<ChunkKey> = doomed.iter().copied().collect();
+    doomed.iter().try_for_each(|key| disk.remove(key))?;
+    for (path, _) in disk.quarantined()? {
+        if disk::name(&path).is_some_and(|key| keys.contains(&key)) {
+            disk.remove_damaged(&path)?;
+        }
+    }
+    disk.settle()?;
+    if bucket {
+        return Ok(keys.into_iter().map(|key| (key, Doomed { bytes: 0, in_bucket: true })).collect());
+    }
+    journal.done(&doomed)?;
+    tracing::info!(keys = doomed.len(), "deletions that were under way are finished");
+    Ok(HashMap::new())
+}
+
 /// Brings files and catalogue to what the journal and the files say.
 fn rebuild(journal: &Journal, disk: &Disk, catalogue: &mut Catalogue, ttl: Option<u64>) -> io::Result<Found> {
-    let doomed = journal.doomed()?;
-    if !doomed.is_empty() {
-        let keys: HashSet<ChunkKey> = doomed.iter().copied().collect();
-        doomed.iter().try_for_each(|key| disk.remove(key))?;
-        for (path, _) in disk.quarantined()? {
-            if disk::name(&path).is_some_and(|key| keys.contains(&key)) {
-                disk.remove_damaged(&path)?;
-            }
-        }
-        disk.settle()?;
-        journal.done(&doomed)?;
-        tracing::info!(keys = doomed.len(), "deletions that were under way are finished");
-    }
     for key in journal.tombstones(REMEMBERED)? {
         catalogue.remember(key, MissReason::Deleted);
     }

@@ -123,6 +123,11 @@ impl Disk {
         Arc::clone(&self.lock)
     }
 
+    #[cfg(test)]
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     fn temporary(&self) -> PathBuf {
         self.root.join("temporary")
     }

@@ -64,16 +64,18 @@ pub(crate) struct Receipt {
     pub(crate) generation: u64,
     pub(crate) disk: Size,
     pub(crate) ram: Size,
+    pub(crate) bucket: Size,
     pub(crate) kept: u32,
     /// Ascending, with those of the document's earlier deletions.
     pub(crate) keys: Vec<ChunkKey>,
 }
 
-/// What the store has of a chunk that may go: its bytes on disk, and those in RAM.
+/// What the store has of a chunk that may go: its bytes on disk, those in RAM, and those in the bucket.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Weight {
     pub(crate) disk: Option<u64>,
     pub(crate) ram: Option<u64>,
+    pub(crate) bucket: Option<u64>,
 }
 
 /// What a document's deletion means to the store.
@@ -225,6 +227,15 @@ impl Journal {
         })
     }
 
+    /// When these keys were deleted last, in their order; as far as that is remembered.
+    pub(crate) fn deleted_at(&self, keys: &[ChunkKey]) -> io::Result<Vec<Option<u64>>> {
+        self.read(|transaction| {
+            let tombstones = transaction.open_table(tables::TOMBSTONES)?;
+            let at = |key: &ChunkKey| Ok(tombstones.get(key.as_bytes())?.map(|row| row.value().1));
+            keys.iter().map(at).collect()
+        })
+    }
+
     /// Dooms keys, whoever claims them.
     pub(crate) fn delete(&self, keys: &[ChunkKey], now: u64) -> io::Result<()> {
         let generation = self.write(|transaction| {
@@ -265,6 +276,7 @@ impl Journal {
                 } else if let Some(weight) = weigh(layout, &key) {
                     weight.disk.into_iter().for_each(|bytes| receipt.disk.add(bytes));
                     weight.ram.into_iter().for_each(|bytes| receipt.ram.add(bytes));
+                    weight.bucket.into_iter().for_each(|bytes| receipt.bucket.add(bytes));
                     gone.push(key);
                 }
             }

@@ -296,7 +296,7 @@ impl Keeping {
     fn gauge(&self) {
         let waiting = self.keeper.fleet.changes.waiting();
         let unsure = if waiting.overflowed {
-            self.keeper.catalogue.lock().len()
+            self.keeper.catalogue.lock().records_len()
         } else if self.lost {
             self.remaining.len()
         } else {

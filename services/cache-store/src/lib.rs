@@ -7,6 +7,7 @@
 //! reason, and its reader computes it.
 
 mod answer;
+mod bucket;
 mod catalogue;
 mod changes;
 mod clock;
@@ -122,13 +123,18 @@ impl Store {
         Handle(Arc::clone(&self.core))
     }
 
-    /// Starts to remove what expires, and to read the objects again, for as long as the store is there.
-    fn look_after(&self) {
-        let (core, every) =
-            (Arc::downgrade(&self.core), seconds(self.options.sweep_seconds).max(LEAST_SWEEP));
+    /// Starts to remove what expires, to keep the bucket up to date, and to read the objects again, for as long as the
+    /// store is there. The receiver hears when the bucket has been asked once.
+    fn look_after(&self) -> oneshot::Receiver<()> {
+        let every = seconds(self.options.sweep_seconds).max(LEAST_SWEEP);
+        let core = Arc::downgrade(&self.core);
         tokio::spawn(lifecycle::run(core, self.core.closed.clone(), every));
+        let (listed, asked) = oneshot::channel();
+        let core = Arc::downgrade(&self.core);
+        tokio::spawn(bucket::run(core, self.core.closed.clone(), every, listed));
         let (core, rate) = (Arc::downgrade(&self.core), self.options.scrub_bytes_per_second);
         tokio::spawn(scrub::run(core, self.core.closed.clone(), rate));
+        asked
     }
 
     /// The gRPC service, with message limits that fit frames of KV.
@@ -184,6 +190,7 @@ async fn serve_at(options: Options, clock: Clock) -> anyhow::Result<Serving> {
     cacheclip_service::telemetry::install_recorder();
     Store::describe_metrics();
     let timeout = seconds(options.index.timeout_seconds);
+    let bucket_timeout = seconds(options.bucket_timeout_seconds);
     let (server, advertise) =
         (Server::new("cache-store", options.service.clone()), options.advertise.clone());
     let shared = options.index.kind == Kind::Redis;
@@ -196,10 +203,11 @@ async fn serve_at(options: Options, clock: Clock) -> anyhow::Result<Serving> {
         );
     }
     store.fleet.is_at(advertise.unwrap_or_else(|| running.endpoint()));
-    store.look_after();
+    let asked = store.look_after();
     let (keeper, contacted) = store.keep(&running);
-    // Usually the fleet is known when this returns; it is no condition.
+    // Usually the fleet is known when this returns, and what the bucket has; it is no condition.
     let _ = tokio::time::timeout(timeout, contacted).await;
+    let _ = tokio::time::timeout(bucket_timeout, asked).await;
     Ok(Serving { running, keeper, patience: timeout + Duration::from_secs(1) })
 }
 

@@ -4,6 +4,7 @@
 //! published by who began before. Then their files go. A deletion that breaks off in between is finished when it is
 //! asked for again, by the sweeper, before its key is published anew, or by the next start.
 
+use crate::catalogue::Remote;
 use crate::core::Core;
 use crate::journal::{Claim, NEVER, Receipt, Weight};
 use crate::metrics;
@@ -122,13 +123,18 @@ impl Core {
 
     /// What there is of a key; nothing where it is another layout's.
     fn weigh(&self, layout: Option<LayoutId>, key: &ChunkKey) -> Option<Weight> {
-        let record = self.catalogue.lock().record(key);
+        let (record, disk, bucket) = {
+            let catalogue = self.catalogue.lock();
+            let record = catalogue.record(key);
+            let bytes = record.map(|record| record.bytes);
+            let in_bucket = catalogue.remote(key) == Remote::Yes;
+            (record, catalogue.on_disk(key).and(bytes), bytes.filter(|_| in_bucket))
+        };
         if record.zip(layout).is_some_and(|(record, layout)| record.layout != layout) {
             return None;
         }
-        let disk = record.map(|record| record.bytes);
         let in_ram = self.ram.lock().peek(key).is_some();
-        Some(Weight { disk, ram: disk.filter(|_| in_ram) })
+        Some(Weight { disk, ram: record.filter(|_| in_ram).map(|record| record.bytes), bucket })
     }
 
     /// Takes doomed keys out of what is served; their bytes count until their files are gone. Under `changes`.
@@ -141,19 +147,26 @@ impl Core {
                 if taken.is_none() {
                     catalogue.remember(*key, MissReason::Deleted);
                 }
-                taken.map(|record| record.bytes)
+                taken
             };
-            *self.doomed.lock().entry(*key).or_default() += taken.unwrap_or_default();
-            if let Some(some) = taken {
+            {
+                let mut doomed = self.doomed.lock();
+                let doomed = doomed.entry(*key).or_default();
+                doomed.in_bucket = self.bucket.is_some();
+                doomed.bytes += taken.filter(|it| it.on_disk).map_or(0, |it| it.record.bytes);
+            }
+            if let Some(taken) = taken.filter(|it| it.here) {
                 self.drop_from_tiers(*key);
                 objects += 1;
-                bytes += some;
+                bytes += taken.record.bytes;
             }
         }
         (objects, bytes)
     }
 
+    /// Removes what there is of deleted keys. Where the bucket cannot be reached, all else goes, and they stay doomed.
     fn finish_all(&self, keys: &[ChunkKey]) -> io::Result<()> {
+        let cleared = keys.chunks(BATCH).try_for_each(|batch| self.clear_doomed(batch));
         for batch in keys.chunks(BATCH) {
             let _changes = self.changes.lock();
             self.finish(batch)?;
@@ -161,10 +174,11 @@ impl Core {
         // What went before it was deleted is gone for good, too.
         self.disk.settle()?;
         self.gauge();
-        Ok(())
+        cleared
     }
 
-    /// Removes the files of those of these keys that are doomed. Under `changes`.
+    /// Removes the files of those of these keys that are doomed, and their doom where the bucket has nothing of them.
+    /// Under `changes`.
     pub(crate) fn finish(&self, keys: &[ChunkKey]) -> io::Result<()> {
         let keys: HashSet<ChunkKey> = {
             let doomed = self.doomed.lock();
@@ -175,7 +189,7 @@ impl Core {
         }
         for key in &keys {
             self.disk.remove(key)?;
-            let bytes = self.doomed.lock().get_mut(key).map_or(0, std::mem::take);
+            let bytes = self.doomed.lock().get_mut(key).map_or(0, |it| std::mem::take(&mut it.bytes));
             self.catalogue.lock().release(bytes);
         }
         let damaged = self.catalogue.lock().take_damaged(&keys);
@@ -184,8 +198,15 @@ impl Core {
             self.catalogue.lock().release(bytes);
         }
         self.disk.settle()?;
-        self.journal.done(&keys.iter().copied().collect::<Vec<_>>())?;
-        self.doomed.lock().retain(|key, _| !keys.contains(key));
+        let done: HashSet<ChunkKey> = {
+            let doomed = self.doomed.lock();
+            keys.into_iter().filter(|key| doomed.get(key).is_some_and(|it| !it.in_bucket)).collect()
+        };
+        if done.is_empty() {
+            return Ok(());
+        }
+        self.journal.done(&done.iter().copied().collect::<Vec<_>>())?;
+        self.doomed.lock().retain(|key, _| !done.contains(key));
         Ok(())
     }
 
@@ -215,8 +236,9 @@ impl Core {
         keys.iter().filter(|key| catalogue.find(layout, key).is_ok()).copied().collect()
     }
 
-    /// Removes those of these keys whose time is over. Under `changes`.
-    pub(crate) fn remove_expired(&self, keys: &[ChunkKey]) -> io::Result<()> {
+    /// Removes the files of those of these keys whose time is over. What the bucket may have of them stays known, and
+    /// is served no more, until it is `cleared`. Under `changes`.
+    pub(crate) fn remove_expired(&self, keys: &[ChunkKey], cleared: bool) -> io::Result<()> {
         let expired: Vec<ChunkKey> = {
             let catalogue = self.catalogue.lock();
             keys.iter().filter(|key| catalogue.has_expired(key)).copied().collect()
@@ -224,19 +246,26 @@ impl Core {
         if expired.is_empty() {
             return Ok(());
         }
+        let mut gone = Vec::new();
         for key in &expired {
             self.disk.remove(key)?;
             {
                 let mut catalogue = self.catalogue.lock();
-                let taken = catalogue.take(key, MissReason::Expired);
-                catalogue.release(taken.map_or(0, |record| record.bytes));
+                let left = catalogue.leave_disk(key, MissReason::Expired);
+                catalogue.release(left.unwrap_or_default());
+                if cleared {
+                    catalogue.take(key, MissReason::Expired);
+                }
+                if catalogue.known(key).is_none() {
+                    gone.push(*key);
+                    metrics::expired();
+                }
             }
             self.drop_from_tiers(*key);
-            metrics::expired();
         }
         // A file that came back without its claims would stay.
         self.disk.settle()?;
-        self.journal.lapse(&expired, self.clock.now())?;
+        self.journal.lapse(&gone, self.clock.now())?;
         self.gauge();
         Ok(())
     }
@@ -246,10 +275,22 @@ impl Core {
         let now = self.clock.now();
         self.catalogue.lock().end_pins();
         let doomed: Vec<ChunkKey> = self.doomed.lock().keys().take(BATCH).copied().collect();
-        let expired = self.catalogue.lock().expired(now, BATCH);
+        let cleared = self.clear_doomed(&doomed);
+        if self.bucket.as_ref().is_some_and(|bucket| !bucket.is_listed()) {
+            // What it has of them is not known: their claims must not be forgotten before it is removed.
+            let _changes = self.changes.lock();
+            return self.finish(&doomed).and(cleared).map(|()| false);
+        }
+        let (expired, strays) = {
+            let catalogue = self.catalogue.lock();
+            let strays = if self.bucket.is_some() { catalogue.strays(BATCH) } else { Vec::new() };
+            (catalogue.expired(now, BATCH), strays)
+        };
+        let cleared = cleared.and_then(|()| self.clear(&[&expired[..], &strays].concat()));
         let _changes = self.changes.lock();
         self.finish(&doomed)?;
-        self.remove_expired(&expired)?;
+        self.remove_expired(&expired, cleared.is_ok())?;
+        cleared?.note(&mut self.catalogue.lock());
         if expired.len() == BATCH {
             return Ok(true);
         }

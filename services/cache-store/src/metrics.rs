@@ -24,6 +24,9 @@ const INDEX_ERRORS: &str = "cacheclip_index_errors_total";
 const SCRUBBED_OBJECTS: &str = "cacheclip_scrub_objects_total";
 const SCRUBBED_BYTES: &str = "cacheclip_scrub_bytes_total";
 const SCRUB_PASSED: &str = "cacheclip_scrub_last_pass_timestamp_seconds";
+const BUCKET_OBJECTS: &str = "cacheclip_store_bucket_objects";
+const BUCKET_CALLS: &str = "cacheclip_store_bucket_operations_total";
+const BUCKET_QUEUE: &str = "cacheclip_store_bucket_queue_objects";
 const DRIFT: &str = "cacheclip_index_blob_drift_objects";
 
 /// Registers descriptions and the zero values of series that may never move.
@@ -32,7 +35,7 @@ pub fn describe() {
     describe_counter!(HIT, "Chunks that reads were served, by tier");
     describe_counter!(
         MISSING,
-        "Chunks that reads were not served, by reason; timeout: the client took too long"
+        "Chunks that reads were not served, by reason; timeout: the client took too long, or the bucket did"
     );
     describe_counter!(EXPIRED, "Containers removed because their time was over");
     describe_gauge!(PINNED, Unit::Bytes, "Bytes of containers that are kept from eviction");
@@ -69,6 +72,18 @@ pub fn describe() {
         Unit::Seconds,
         "When the scrubber had been over all containers, in seconds since 1970; 0: not since the start"
     );
+    describe_gauge!(BUCKET_OBJECTS, "Containers in the bucket, on disk or not");
+    describe_counter!(
+        BUCKET_CALLS,
+        "Objects that were moved to or from the bucket, and listings of it, by operation and outcome; dropped: the \
+         queue was full; abandoned: it was evicted or deleted meanwhile"
+    );
+    describe_gauge!(BUCKET_QUEUE, "Containers that wait to be uploaded to the bucket");
+    gauge!(BUCKET_OBJECTS).set(0.0);
+    gauge!(BUCKET_QUEUE).set(0.0);
+    for (op, outcome) in BUCKET_OUTCOMES {
+        counter!(BUCKET_CALLS, "op" => op, "outcome" => outcome).increment(0);
+    }
     counter!(SCRUBBED_OBJECTS).increment(0);
     counter!(SCRUBBED_BYTES).increment(0);
     gauge!(SCRUB_PASSED).set(0.0);
@@ -79,7 +94,7 @@ pub fn describe() {
     for outcome in ["stored", "existed", "no_room", "deleted", "failed"] {
         counter!(PUTS, "outcome" => outcome).increment(0);
     }
-    for tier in [RAM, DISK] {
+    for tier in [RAM, DISK, BUCKET] {
         counter!(HIT, "tier" => tier).increment(0);
     }
     for (tier, reason) in [(RAM, "capacity"), (DISK, "capacity"), (DISK, "volume_full")] {
@@ -90,7 +105,7 @@ pub fn describe() {
     }
     gauge!(INDEX_UP).set(0.0);
     drift(0, 0);
-    for place in ["put", AT_DISK, "start", AT_SCRUB, AT_SCRUB_RAM] {
+    for place in ["put", AT_DISK, "start", AT_SCRUB, AT_SCRUB_RAM, AT_BUCKET] {
         counter!(VERIFY_FAILURES, "where" => place).increment(0);
     }
     counter!(QUARANTINED).increment(0);
@@ -110,11 +125,29 @@ const MISSES: [MissReason; 8] = [
 
 pub(crate) const RAM: &str = "ram";
 pub(crate) const DISK: &str = "disk";
+pub(crate) const BUCKET: &str = "bucket";
 
-/// Where a damaged container was seen: in a read, by the scrubber on disk, by the scrubber in RAM.
+/// What is done with the bucket, and how it may end.
+const BUCKET_OUTCOMES: [(&str, &str); 12] = [
+    ("upload", "done"),
+    ("upload", "failed"),
+    ("upload", "dropped"),
+    ("upload", "abandoned"),
+    ("fetch", "done"),
+    ("fetch", "failed"),
+    ("fetch", "missing"),
+    ("fetch", "corrupt"),
+    ("delete", "done"),
+    ("delete", "failed"),
+    ("list", "done"),
+    ("list", "failed"),
+];
+
+/// Where a damaged container was seen: in a read, by the scrubber on disk, by the scrubber in RAM, in the bucket.
 pub(crate) const AT_DISK: &str = "disk";
 pub(crate) const AT_SCRUB: &str = "scrub";
 pub(crate) const AT_SCRUB_RAM: &str = "scrub_ram";
+pub(crate) const AT_BUCKET: &str = "bucket";
 
 /// What was asked of the index.
 pub(crate) const LEASE: &str = "lease";
@@ -155,6 +188,20 @@ pub(crate) fn used(tier: &'static str, bytes: u64) {
 
 pub(crate) fn objects(count: usize) {
     gauge!(OBJECTS).set(count as f64);
+}
+
+pub(crate) fn bucket_holds(objects: u64, bytes: u64) {
+    gauge!(BUCKET_OBJECTS).set(objects as f64);
+    used(BUCKET, bytes);
+}
+
+/// `op` and `outcome` are a pair of [`BUCKET_OUTCOMES`].
+pub(crate) fn bucket(op: &'static str, outcome: &'static str, objects: usize) {
+    counter!(BUCKET_CALLS, "op" => op, "outcome" => outcome).increment(objects as u64);
+}
+
+pub(crate) fn bucket_queue(objects: usize) {
+    gauge!(BUCKET_QUEUE).set(objects as f64);
 }
 
 pub(crate) fn evicted(tier: &'static str, reason: &'static str) {

@@ -24,6 +24,13 @@ pub struct Options {
     pub disk_bytes: u64,
     /// Most bytes of containers in RAM. Reads in flight hold up to `read_ahead` segments each beside it.
     pub ram_bytes: u64,
+    /// Object storage behind the disk: `s3://NAME/PREFIX`, `file:///DIRECTORY` or, to try it, `memory:///`; absent: there
+    /// is none. The node's objects are below its name there, and nobody else may change them.
+    pub bucket: Option<String>,
+    /// Objects that may wait to be uploaded; one more is left to a later turn of the sweeper, while it is on disk.
+    pub bucket_queue: usize,
+    /// Longest wait for an answer of the bucket.
+    pub bucket_timeout_seconds: f64,
     /// Largest container that is taken; more is an error of the request.
     pub max_object_bytes: u64,
     /// Containers received at the same time; each holds one segment in memory.
@@ -54,6 +61,9 @@ impl Default for Options {
             data_dir: "data/cache-store".into(),
             disk_bytes: 16 << 30,
             ram_bytes: 1 << 30,
+            bucket: None,
+            bucket_queue: 1024,
+            bucket_timeout_seconds: 5.0,
             max_object_bytes: 4 << 30,
             concurrent_puts: 4,
             read_ahead: 4,

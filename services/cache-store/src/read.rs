@@ -1,4 +1,4 @@
-//! Reading objects, from RAM or disk, verified on the way from disk; readers of one thing share one read of it.
+//! Reading objects, from RAM, disk or the bucket, verified on the way from there; readers of one thing share one read of it.
 
 use crate::catalogue::Record;
 use crate::core::Core;
@@ -28,12 +28,15 @@ impl Core {
         range: &Range<u32>,
     ) -> Result<Opened, MissReason> {
         metrics::requested();
-        let record = {
+        let (record, remote) = {
             let mut catalogue = self.catalogue.lock();
             let record = catalogue.find(layout, key)?;
             catalogue.touch(key);
-            record
+            (record, catalogue.on_disk(key).is_none())
         };
+        if remote {
+            self.promote(key, &record)?;
+        }
         let resident = self.ram.lock().get(key).filter(|object| object.head.hash() == record.hash);
         let object = match resident {
             Some(object) => object,
@@ -43,8 +46,12 @@ impl Core {
             return Err(MissReason::Layout);
         }
         let in_ram = object.has(wanted(&object.head, range).into_iter());
-        let tier = if in_ram { Tier::StoreRam } else { Tier::StoreDisk };
-        metrics::hit(if in_ram { metrics::RAM } else { metrics::DISK });
+        let (tier, label) = match (remote, in_ram) {
+            (true, _) => (Tier::StoreBucket, metrics::BUCKET),
+            (false, true) => (Tier::StoreRam, metrics::RAM),
+            (false, false) => (Tier::StoreDisk, metrics::DISK),
+        };
+        metrics::hit(label);
         Ok(Opened { object, tier })
     }
 
@@ -54,8 +61,9 @@ impl Core {
         if let Some(object) = self.ram.lock().peek_at(key, record.hash) {
             return Ok(Arc::clone(object));
         }
-        let read = self.disk_part(key, 0, record.head_len).and_then(|bytes| check_head(&bytes, record.hash));
-        let head = read.map_err(|damage| self.miss(key, record.hash, damage, metrics::AT_DISK))?;
+        let head = self.read_file(key, record.hash, || {
+            self.disk_part(key, 0, record.head_len).and_then(|bytes| check_head(&bytes, record.hash))
+        })?;
         let object = Arc::new(Resident::new(head));
         self.ram.lock().insert(Arc::clone(&object));
         // It may have been deleted while it was read: then it must not stay in RAM either.
@@ -83,11 +91,35 @@ impl Core {
         if let Some(stored) = brought {
             return Ok(stored);
         }
-        let read = self.disk_part(&key, entry.offset, entry.stored_len as usize);
-        let read = read.and_then(|stored| check_segment(head, index, stored));
-        let stored = read.map_err(|damage| self.miss(&key, hash, damage, metrics::AT_DISK))?;
+        let stored = self.read_file(&key, hash, || {
+            let read = self.disk_part(&key, entry.offset, entry.stored_len as usize);
+            read.and_then(|stored| check_segment(head, index, stored))
+        })?;
         self.ram.lock().fill(&key, hash, index, stored.clone());
         Ok(stored)
+    }
+
+    /// What is read of an object's file. Evicted meanwhile, or set aside because it is damaged, it comes from the bucket
+    /// if that has it.
+    fn read_file<T>(
+        &self,
+        key: &ChunkKey,
+        container: ContainerHash,
+        read: impl Fn() -> Result<T, Damage>,
+    ) -> Result<T, MissReason> {
+        let miss = |damage| self.miss(key, container, damage, metrics::AT_DISK);
+        let reason = match read() {
+            Ok(it) => return Ok(it),
+            Err(damage) => miss(damage),
+        };
+        let record = self.catalogue.lock().record(key);
+        match record.filter(|_| self.is_remote(key, container)) {
+            Some(record) => {
+                self.promote(key, &record)?;
+                read().map_err(miss)
+            }
+            None => Err(reason),
+        }
     }
 
     fn disk_part(&self, key: &ChunkKey, offset: u64, len: usize) -> Result<Bytes, Damage> {

@@ -118,7 +118,7 @@ impl Pass {
     }
 
     fn begin(&self, core: &Core, key: ChunkKey) -> (Option<Object>, u64) {
-        let Some(record) = core.catalogue.lock().record(&key) else { return (None, 0) };
+        let Some(record) = core.catalogue.lock().on_disk(&key) else { return (None, 0) };
         let sampled = self.sample(core, &key);
         let read = || -> Result<Object, Damage> {
             let file = core.disk.open_object(&key)?;

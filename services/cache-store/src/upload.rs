@@ -1,11 +1,14 @@
 //! Receiving a container: written to a temporary file and verified as it comes, published when all of it was good.
 
+use crate::bucket::Failure;
 use crate::catalogue::Record;
 use crate::core::{Core, Published};
+use crate::disk::Temporary;
 use crate::journal::Claim;
+use crate::metrics;
 use crate::verifier::Verifier;
 use bytes::Bytes;
-use cacheclip_chunk::{ChunkKey, ContainerHash, LayoutId};
+use cacheclip_chunk::{ChunkKey, ContainerHash, FormatError, Head, LayoutId};
 use std::io::{self, Seek, SeekFrom, Write};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -46,6 +49,11 @@ pub(crate) enum Failed {
     /// The writer's doing; the field to blame.
     #[error("{0}: {1}")]
     Invalid(&'static str, String),
+    /// The bytes are not what their head says.
+    #[error("data: {0}")]
+    Damaged(FormatError),
+    #[error("the bucket: {0}")]
+    Bucket(#[from] Failure),
     #[error("cannot be written: {0}")]
     Io(#[from] io::Error),
 }
@@ -68,38 +76,29 @@ impl Core {
         }
         if self.catalogue.lock().has_expired(&key) {
             let _changes = self.changes.lock();
-            self.remove_expired(&[key])?;
+            self.remove_expired(&[key], false)?;
         }
-        if let Some(Record { hash, .. }) = self.catalogue.lock().record(&key) {
+        // What is in the bucket alone is taken anew: who brings it could not have it from there.
+        if let Some(Record { hash, .. }) = self.catalogue.lock().on_disk(&key) {
             return Ok(Outcome::Existed(hash));
         }
+        // The key's deletion may have broken off in the bucket.
+        self.clear_doomed(&[key])?;
         let Some(room) = Room::reserve(self, announced.bytes) else { return Ok(Outcome::NoRoom) };
-        let mut temporary = self.disk.create()?;
-        let mut verifier = Verifier::new(announced);
-        let (mut written, mut begun_to) = (0, 0);
-        while let Some(frame) = frames.blocking_recv() {
-            verifier.push(&frame)?;
-            let full = || self.free(announced.bytes);
-            if !write_at(&mut temporary.file, written, &frame, full)? {
-                return Ok(Outcome::NoRoom);
+        let next = || match frames.blocking_recv() {
+            None if given_up.is_cancelled() => {
+                Err(Failed::Invalid("data", "the put was given up; put again".into()))
             }
-            written += frame.len() as u64;
-            if written - begun_to >= WRITE_BACK {
-                match temporary.file.write_back() {
-                    Err(error) if error.kind() == io::ErrorKind::StorageFull => return Ok(Outcome::NoRoom),
-                    begun => begun?,
-                }
-                begun_to = written;
+            frame => Ok(frame),
+        };
+        let written = self.write(announced, next).map_err(|failed| match failed {
+            Failed::Damaged(error) => {
+                metrics::verify_failed("put");
+                Failed::Invalid("data", error.to_string())
             }
-        }
-        if given_up.is_cancelled() {
-            return Err(Failed::Invalid("data", "the put was given up; put again".into()));
-        }
-        let head = verifier.finish()?;
-        match temporary.file.sync_all() {
-            Err(error) if error.kind() == io::ErrorKind::StorageFull => return Ok(Outcome::NoRoom),
-            synced => synced?,
-        }
+            other => other,
+        });
+        let Some((temporary, head)) = written? else { return Ok(Outcome::NoRoom) };
         let document = writer.claim.map(|claim| claim.document);
         match self.publish(temporary, &head, begun, document)? {
             Published::Stored => {
@@ -110,20 +109,52 @@ impl Core {
             Published::Deleted => Ok(Outcome::Deleted),
         }
     }
+
+    /// Writes a container that `next` brings to a file, verified to its last byte and synced; nothing where the volume
+    /// is full. Its room must be reserved. Blocking.
+    pub(crate) fn write(
+        &self,
+        announced: Announced,
+        mut next: impl FnMut() -> Result<Option<Bytes>, Failed>,
+    ) -> Result<Option<(Temporary, Head)>, Failed> {
+        let mut temporary = self.disk.create()?;
+        let mut verifier = Verifier::new(announced);
+        let (mut written, mut begun_to) = (0, 0);
+        while let Some(frame) = next()? {
+            verifier.push(&frame)?;
+            let full = || self.free(announced.bytes);
+            if !write_at(&mut temporary.file, written, &frame, full)? {
+                return Ok(None);
+            }
+            written += frame.len() as u64;
+            if written - begun_to >= WRITE_BACK {
+                match temporary.file.write_back() {
+                    Err(error) if error.kind() == io::ErrorKind::StorageFull => return Ok(None),
+                    begun => begun?,
+                }
+                begun_to = written;
+            }
+        }
+        let head = verifier.finish()?;
+        match temporary.file.sync_all() {
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => Ok(None),
+            synced => synced.map(|()| Some((temporary, head))).map_err(Failed::Io),
+        }
+    }
 }
 
 /// Reserved bytes, given back unless they are kept.
-struct Room<'a> {
+pub(crate) struct Room<'a> {
     core: &'a Core,
     bytes: u64,
 }
 
 impl<'a> Room<'a> {
-    fn reserve(core: &'a Core, bytes: u64) -> Option<Self> {
+    pub(crate) fn reserve(core: &'a Core, bytes: u64) -> Option<Self> {
         core.make_room(bytes).then(|| Self { core, bytes })
     }
 
-    fn keep(mut self) {
+    pub(crate) fn keep(mut self) {
         self.bytes = 0;
     }
 }

@@ -3,7 +3,6 @@
 //! What is stored as it is needs no more than its digest, which is made of the frames themselves. Of what is compressed
 //! one segment is held at a time, to see that it decodes.
 
-use crate::metrics;
 use crate::upload::{Announced, Failed};
 use bytes::BytesMut;
 use cacheclip_chunk::container::codec::StoredAs;
@@ -22,11 +21,6 @@ pub(crate) struct Verifier {
     held: BytesMut,
     /// Bytes that came.
     at: u64,
-}
-
-fn damaged(error: FormatError) -> Failed {
-    metrics::verify_failed("put");
-    Failed::Invalid("data", error.to_string())
 }
 
 /// Whether a segment is good when its digest is.
@@ -63,12 +57,12 @@ impl Verifier {
     fn take_head(&mut self, bytes: &[u8]) -> Result<usize, Failed> {
         let whole = match self.held.len() < HEADER_LEN {
             true => HEADER_LEN,
-            false => Head::len_from_prefix(&self.held).map_err(damaged)?,
+            false => Head::len_from_prefix(&self.held).map_err(Failed::Damaged)?,
         };
         let step = bytes.len().min(whole - self.held.len());
         self.held.extend_from_slice(&bytes[..step]);
         if self.held.len() >= HEADER_LEN
-            && self.held.len() == Head::len_from_prefix(&self.held).map_err(damaged)?
+            && self.held.len() == Head::len_from_prefix(&self.held).map_err(Failed::Damaged)?
         {
             self.head = Some(self.checked_head()?);
             self.held.clear();
@@ -77,7 +71,7 @@ impl Verifier {
     }
 
     fn checked_head(&self) -> Result<Head, Failed> {
-        let head = Head::parse(&self.held).map_err(damaged)?;
+        let head = Head::parse(&self.held).map_err(Failed::Damaged)?;
         let Announced { layout, key, bytes } = self.announced;
         if head.key() != key {
             return Err(Failed::Invalid("head.key", format!("the container holds {}", head.key())));
@@ -100,7 +94,7 @@ impl Verifier {
         if self.at < entry.offset {
             let step = (entry.offset - self.at).min(bytes.len() as u64) as usize;
             return match bytes[..step].iter().position(|&byte| byte != 0) {
-                Some(at) => Err(damaged(FormatError::Padding { offset: self.at + at as u64 })),
+                Some(at) => Err(Failed::Damaged(FormatError::Padding { offset: self.at + at as u64 })),
                 None => Ok(step),
             };
         }
@@ -110,14 +104,14 @@ impl Verifier {
         if is_plain(entry) {
             self.digest.update(part);
             if over {
-                std::mem::take(&mut self.digest).check(head, self.index).map_err(damaged)?;
+                std::mem::take(&mut self.digest).check(head, self.index).map_err(Failed::Damaged)?;
             }
         } else {
             self.held.extend_from_slice(part);
             if over {
-                let raw = head.decode_segment(self.index, &self.held).map_err(damaged)?;
+                let raw = head.decode_segment(self.index, &self.held).map_err(Failed::Damaged)?;
                 if entry.kind == SegmentKind::Spans {
-                    parse_spans(self.index, &raw).map_err(damaged)?;
+                    parse_spans(self.index, &raw).map_err(Failed::Damaged)?;
                 }
                 self.held.clear();
             }

@@ -1,7 +1,9 @@
-//! Checks a data directory from outside, without a store and without changing anything.
+//! Checks a data directory or a bucket from outside, without a store and without changing anything.
 
-use crate::disk;
-use crate::inspect::{self, Unusable};
+mod bucket;
+
+use crate::bucket::Objects;
+use crate::inspect::{self, Source, Unusable};
 use crate::read::Damage;
 use bytes::Bytes;
 use cacheclip_chunk::container::parse_spans;
@@ -9,7 +11,6 @@ use cacheclip_chunk::{FormatError, Head, SegmentKind};
 use serde::Serialize;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -75,7 +76,7 @@ impl Finding {
 /// A file with something to be said of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Found {
-    /// Below the directory.
+    /// Below the directory or the URL.
     pub path: PathBuf,
     /// Its length; 0 where that is not known.
     pub bytes: u64,
@@ -107,34 +108,64 @@ impl Report {
     }
 }
 
-/// A data directory whose files have been listed.
+/// Where containers are.
 #[derive(Debug)]
-pub struct Directory {
-    root: PathBuf,
+enum Place {
+    Directory(PathBuf),
+    Bucket(Objects),
+}
+
+impl Place {
+    /// A file, and its length; none where it is a folder.
+    fn open(&self, path: &Path, bytes: u64) -> io::Result<Option<(Box<dyn Source>, u64)>> {
+        match self {
+            Self::Directory(_) => {
+                let file = File::open(path)?;
+                let metadata = file.metadata()?;
+                Ok((!metadata.is_dir()).then(|| (Box::new(file) as _, metadata.len())))
+            }
+            Self::Bucket(objects) => Ok(Some((Box::new(objects.object(path)), bytes))),
+        }
+    }
+
+    /// Files that are read side by side: by a processor each, or while the network is waited for.
+    fn readers(&self) -> usize {
+        match self {
+            Self::Directory(_) => thread::available_parallelism().map_or(1, usize::from),
+            Self::Bucket(_) => bucket::READERS,
+        }
+    }
+}
+
+/// A data directory or a bucket whose files have been listed.
+#[derive(Debug)]
+pub struct Listing {
+    place: Place,
     objects: Vec<(PathBuf, u64)>,
     findings: Vec<Found>,
 }
 
-impl Directory {
+impl Listing {
     /// Lists a data directory. A store may be using it: what comes and goes meanwhile is no damage.
     ///
     /// # Errors
     /// It cannot be listed, or is no data directory.
-    pub fn list(root: &Path) -> io::Result<Self> {
-        let mut directory = Self { root: root.to_owned(), objects: Vec::new(), findings: Vec::new() };
+    pub fn directory(root: &Path) -> io::Result<Self> {
+        let place = Place::Directory(root.to_owned());
+        let mut directory = Self { place, objects: Vec::new(), findings: Vec::new() };
         if !root.join("objects").is_dir() {
             fs::read_dir(root)?;
             let why = "has no folder `objects`: name the `data_dir` of a store";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
-        directory.note(root, |it, path| {
-            let own = OWN_FILES.iter().any(|own| path == it.root.join(own));
+        directory.note(root, |path| {
+            let own = OWN_FILES.iter().any(|own| path == root.join(own));
             (!own).then_some(Finding::ForeignName)
         });
-        directory.note(&root.join("temporary"), |_, _| Some(Finding::Leftover));
-        directory.note(&root.join("quarantine"), |_, _| Some(Finding::Quarantined));
+        directory.note(&root.join("temporary"), |_| Some(Finding::Leftover));
+        directory.note(&root.join("quarantine"), |_| Some(Finding::Quarantined));
         let objects = root.join("objects");
-        directory.note(&objects, |_, _| Some(Finding::ForeignName));
+        directory.note(&objects, |_| Some(Finding::ForeignName));
         for shelf in directory.entries(&objects) {
             if shelf.is_dir() {
                 for path in directory.entries(&shelf) {
@@ -151,14 +182,14 @@ impl Directory {
         self.objects.iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Reads every object; `progress` hears how many bytes another file had, from several threads.
+    /// Reads every object; `progress` hears how many bytes another file had, from several threads. Blocking.
     pub fn check(self, progress: &(dyn Fn(u64) + Sync)) -> Report {
         let bytes = self.bytes();
         let next = AtomicUsize::new(0);
         let work = || {
             let (mut good, mut findings) = (0, Vec::new());
             while let Some((path, bytes)) = self.objects.get(next.fetch_add(1, Ordering::Relaxed)) {
-                match check(path) {
+                match check(&self.place, path, *bytes) {
                     Ok(found) if found.is_empty() => good += 1,
                     Ok(found) => findings.extend(found.into_iter().map(|it| (path, *bytes, it))),
                     // It has just been evicted or deleted.
@@ -171,9 +202,8 @@ impl Directory {
             }
             (good, findings)
         };
-        let threads = thread::available_parallelism().map_or(1, usize::from);
         let shares: Vec<_> = thread::scope(|scope| {
-            let working: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            let working: Vec<_> = (0..self.place.readers()).map(|_| scope.spawn(work)).collect();
             working
                 .into_iter()
                 .map(|it| it.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -189,15 +219,19 @@ impl Directory {
     }
 
     fn found(&self, path: &Path, bytes: u64, finding: Finding) -> Found {
-        Found { path: path.strip_prefix(&self.root).unwrap_or(path).to_owned(), bytes, finding }
+        let path = match &self.place {
+            Place::Directory(root) => path.strip_prefix(root).unwrap_or(path),
+            Place::Bucket(_) => path,
+        };
+        Found { path: path.to_owned(), bytes, finding }
     }
 
     /// Notes the files of a folder that are findings.
-    fn note(&mut self, folder: &Path, finding: impl Fn(&Self, &Path) -> Option<Finding>) {
+    fn note(&mut self, folder: &Path, finding: impl Fn(&Path) -> Option<Finding>) {
         for path in self.entries(folder) {
             let metadata = fs::metadata(&path).or_else(|_| fs::symlink_metadata(&path));
             let Ok(metadata) = metadata else { continue };
-            if let Some(finding) = (!metadata.is_dir()).then(|| finding(self, &path)).flatten() {
+            if let Some(finding) = (!metadata.is_dir()).then(|| finding(&path)).flatten() {
                 let found = self.found(&path, metadata.len(), finding);
                 self.findings.push(found);
             }
@@ -219,13 +253,9 @@ impl Directory {
 }
 
 /// All that is the matter with a file among the objects.
-fn check(path: &Path) -> io::Result<Vec<Finding>> {
-    let file = File::open(path)?;
-    let metadata = file.metadata()?;
-    if metadata.is_dir() {
-        return Ok(vec![Finding::ForeignName]);
-    }
-    let head = match inspect::head(path, &file, metadata.len()) {
+fn check(place: &Place, path: &Path, bytes: u64) -> io::Result<Vec<Finding>> {
+    let Some((source, bytes)) = place.open(path, bytes)? else { return Ok(vec![Finding::ForeignName]) };
+    let head = match inspect::head(path, &*source, bytes) {
         Ok(head) => head,
         Err(Unusable::Name) => return Ok(vec![Finding::ForeignName]),
         Err(Unusable::Key(key)) => return Ok(vec![Finding::OtherKey { holds: key.to_string() }]),
@@ -233,6 +263,13 @@ fn check(path: &Path) -> io::Result<Vec<Finding>> {
             return Ok(vec![Finding::UnknownVersion { version: found }]);
         }
         Err(Unusable::Format(why)) => return Ok(vec![Finding::DamagedContainer { why: why.to_string() }]),
+        Err(Unusable::Read(error)) => {
+            return match Damage::from(error) {
+                Damage::None(error) => Err(error),
+                Damage::Certain(why) => Ok(vec![Finding::DamagedContainer { why }]),
+                Damage::Gone => Err(io::ErrorKind::NotFound.into()),
+            };
+        }
     };
     let mut findings = Vec::new();
     let shelf = path.parent().and_then(Path::file_name).and_then(|name| name.to_str());
@@ -242,19 +279,22 @@ fn check(path: &Path) -> io::Result<Vec<Finding>> {
     let mut segments = Vec::new();
     let (mut end, mut padded) = (head.bytes().len() as u64, true);
     for (index, entry) in head.segments().iter().enumerate() {
-        padded &= is_zero(&file, end, entry.offset)?;
-        end = entry.offset + entry.stored_len;
-        match disk::read_part(&file, entry.offset, entry.stored_len as usize) {
-            Ok(stored) => {
-                if !is_good(&head, index, stored) {
+        // With what stands before it, to read once and not twice: in a bucket, reads cost a journey.
+        let padding = (entry.offset - end) as usize;
+        match source.part(end, padding + entry.stored_len as usize) {
+            Ok(read) => {
+                padded &= read[..padding].iter().all(|&byte| byte == 0);
+                if !is_good(&head, index, read.slice(padding..)) {
                     segments.push(index);
                 }
             }
             Err(error) => match Damage::from(error) {
                 Damage::None(error) => return Err(error),
-                Damage::Certain(_) | Damage::Gone => segments.push(index),
+                Damage::Certain(_) => segments.push(index),
+                Damage::Gone => return Err(io::ErrorKind::NotFound.into()),
             },
         }
+        end = entry.offset + entry.stored_len;
     }
     if !segments.is_empty() {
         findings.push(Finding::DamagedSegments { segments });
@@ -273,116 +313,5 @@ fn is_good(head: &Head, index: usize, stored: Bytes) -> bool {
     }
 }
 
-/// Whether these bytes, fewer than 4096, are zero.
-fn is_zero(file: &File, start: u64, end: u64) -> io::Result<bool> {
-    let mut padding = vec![0; (end - start) as usize];
-    file.read_exact_at(&mut padding, start)?;
-    Ok(padding.iter().all(|&byte| byte == 0))
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testing::{self, Chunk};
-
-    fn check(dir: &Path) -> Report {
-        Directory::list(dir).unwrap().check(&|_| {})
-    }
-
-    fn findings(report: &Report) -> Vec<(&str, &Finding)> {
-        report.findings.iter().map(|found| (found.path.to_str().unwrap(), &found.finding)).collect()
-    }
-
-    #[test]
-    fn whole_containers_are_good_and_the_progress_adds_up() {
-        let dir = tempfile::tempdir().unwrap();
-        let chunks: Vec<Chunk> = (0..20).map(testing::chunk).collect();
-        chunks.iter().for_each(|chunk| drop(testing::lay(dir.path(), chunk)));
-        for name in OWN_FILES {
-            fs::write(dir.path().join(name), b"its own").unwrap();
-        }
-        let directory = Directory::list(dir.path()).unwrap();
-        let (bytes, heard) = (directory.bytes(), std::sync::atomic::AtomicU64::new(0));
-        let report = directory.check(&|bytes| {
-            heard.fetch_add(bytes, Ordering::Relaxed);
-        });
-        assert_eq!(report, Report { good: 20, bytes, findings: Vec::new() });
-        assert_eq!(bytes, chunks.iter().map(|chunk| chunk.bytes.len() as u64).sum::<u64>());
-        assert_eq!(heard.into_inner(), bytes);
-        assert!(!report.is_damaged() && report.is_complete());
-    }
-
-    #[test]
-    fn every_kind_of_damage_is_told_apart() {
-        let dir = tempfile::tempdir().unwrap();
-        let chunks: Vec<Chunk> = (0..7).map(testing::chunk).collect();
-        let paths: Vec<PathBuf> = chunks.iter().map(|chunk| testing::lay(dir.path(), chunk)).collect();
-        let offset = |segment: usize| chunks[0].head.segments()[segment].offset;
-        testing::flip(&paths[0], offset(0) + 3);
-        testing::flip(&paths[0], offset(2));
-        testing::flip(&paths[1], offset(1) - 1);
-        testing::flip(&paths[2], 60);
-        fs::OpenOptions::new().write(true).open(&paths[3]).unwrap().set_len(5000).unwrap();
-        fs::write(&paths[4], &chunks[0].bytes).unwrap();
-        let elsewhere = dir.path().join("objects/zz");
-        fs::create_dir(&elsewhere).unwrap();
-        fs::rename(&paths[5], elsewhere.join(paths[5].file_name().unwrap())).unwrap();
-
-        let report = check(dir.path());
-        assert!(report.is_damaged() && report.is_complete());
-        assert_eq!(report.good, 1);
-        let found = |n: usize| {
-            let name = paths[n].file_name().unwrap();
-            let of = report.findings.iter().filter(|it| it.path.file_name() == Some(name));
-            of.map(|it| it.finding.clone()).collect::<Vec<_>>()
-        };
-        assert_eq!(found(0), [Finding::DamagedSegments { segments: vec![0, 2] }]);
-        assert_eq!(found(1), [Finding::DamagedPadding]);
-        assert!(matches!(&found(2)[..], [Finding::DamagedContainer { why }] if why.contains("check")));
-        assert!(matches!(&found(3)[..], [Finding::DamagedContainer { why }] if why.contains("5000")));
-        assert_eq!(found(4), [Finding::OtherKey { holds: chunks[0].key.to_string() }]);
-        assert_eq!(found(5), [Finding::WrongFolder]);
-        assert_eq!(report.findings.len(), 6);
-    }
-
-    #[test]
-    fn what_is_no_damage_is_reported_and_nothing_is_changed() {
-        let dir = tempfile::tempdir().unwrap();
-        let newer = testing::lay(dir.path(), &testing::chunk(1));
-        let mut bytes = fs::read(&newer).unwrap();
-        bytes[8] = 2;
-        fs::write(&newer, &bytes).unwrap();
-        for folder in ["temporary", "quarantine"] {
-            fs::create_dir(dir.path().join(folder)).unwrap();
-        }
-        for path in ["temporary/7", "quarantine/x.0", "notes.txt", "objects/notes.txt"] {
-            fs::write(dir.path().join(path), b"?").unwrap();
-        }
-        fs::write(newer.with_file_name("readme.md"), b"?").unwrap();
-        let report = check(dir.path());
-        let shelf = newer.parent().unwrap().strip_prefix(dir.path()).unwrap().to_str().unwrap();
-        let (container, readme) =
-            (newer.strip_prefix(dir.path()).unwrap().to_str().unwrap(), format!("{shelf}/readme.md"));
-        let mut expected = [
-            ("temporary/7", &Finding::Leftover),
-            ("quarantine/x.0", &Finding::Quarantined),
-            ("notes.txt", &Finding::ForeignName),
-            ("objects/notes.txt", &Finding::ForeignName),
-            (readme.as_str(), &Finding::ForeignName),
-            (container, &Finding::UnknownVersion { version: 2 }),
-        ];
-        expected.sort_by(|(a, _), (b, _)| Path::new(a).cmp(Path::new(b)));
-        assert_eq!(findings(&report), expected);
-        assert!(!report.is_damaged() && report.good == 0);
-        assert_eq!(fs::read(&newer).unwrap(), bytes);
-        assert!(dir.path().join("temporary/7").exists());
-    }
-
-    #[test]
-    fn what_is_no_data_directory_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Directory::list(&dir.path().join("nowhere")).unwrap_err().kind(), io::ErrorKind::NotFound);
-        let why = Directory::list(dir.path()).unwrap_err().to_string();
-        assert!(why.contains("objects"), "{why}");
-    }
-}
+mod tests;

@@ -45,9 +45,13 @@ impl Service {
             objects: size.objects,
             bytes: size.bytes,
         };
+        let mut tiers = vec![tier(Tier::StoreDisk, receipt.disk), tier(Tier::StoreRam, receipt.ram)];
+        if self.core.bucket.is_some() {
+            tiers.push(tier(Tier::StoreBucket, receipt.bucket));
+        }
         Ok(DeleteDocumentResponse {
             generation: receipt.generation,
-            tiers: vec![tier(Tier::StoreDisk, receipt.disk), tier(Tier::StoreRam, receipt.ram)],
+            tiers,
             keys: receipt.keys.iter().map(|key| id_bytes(key.as_bytes())).collect(),
             kept: receipt.kept,
         })

@@ -65,7 +65,7 @@ impl Service {
         match (&mut writing).await.map_err(unavailable)? {
             Ok(outcome) => Ok(outcome),
             Err(Failed::Invalid(field, why)) => Err(invalid(field, why)),
-            Err(failed @ Failed::Io(_)) => {
+            Err(failed) => {
                 tracing::error!(key = %announced.key, error = %failed, "put failed");
                 Err(unavailable(failed))
             }

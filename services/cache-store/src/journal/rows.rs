@@ -67,7 +67,8 @@ pub(super) fn due_by(kind: Kind, now: u64) -> (Due, Due) {
     (due(kind, 0, &[0; 64]), due(kind, now, &[0xff; 64]))
 }
 
-/// Generation (8), time (8), objects (4) and bytes (8) on disk, the same in RAM, kept chunks (4), keys (32 each).
+/// Generation (8), time (8), objects (4) and bytes (8) on disk, the same in RAM, kept chunks (4), keys (32 each),
+/// objects (4) and bytes (8) in the bucket, which a row may lack.
 pub(super) fn pack_receipt(receipt: &Receipt, at: u64) -> Vec<u8> {
     let mut row = Vec::with_capacity(FIXED + 32 * receipt.keys.len());
     row.extend(receipt.generation.to_le_bytes());
@@ -78,18 +79,28 @@ pub(super) fn pack_receipt(receipt: &Receipt, at: u64) -> Vec<u8> {
     }
     row.extend(receipt.kept.to_le_bytes());
     row.extend(receipt.keys.iter().flat_map(|key| key.as_bytes()));
+    row.extend(receipt.bucket.objects.to_le_bytes());
+    row.extend(receipt.bucket.bytes.to_le_bytes());
     row
 }
 
 const FIXED: usize = 44;
+const SIZE: usize = 12;
 
 /// A receipt, and when its document was deleted.
 pub(super) fn unpack_receipt(row: &[u8]) -> (Receipt, u64) {
     let short = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| row[at + i]));
     let size = |at: usize| Size { objects: short(at), bytes: number(row, at + 4) };
-    let keys = row[FIXED..].chunks_exact(32).map(|key| ChunkKey::from_bytes(part(key, 0))).collect();
-    let receipt =
-        Receipt { generation: number(row, 0), disk: size(16), ram: size(28), kept: short(40), keys };
+    let keys = row[FIXED..].chunks_exact(32);
+    let has_bucket = keys.remainder().len() == SIZE;
+    let receipt = Receipt {
+        generation: number(row, 0),
+        disk: size(16),
+        ram: size(28),
+        bucket: if has_bucket { size(row.len() - SIZE) } else { Size::default() },
+        kept: short(40),
+        keys: keys.map(|key| ChunkKey::from_bytes(part(key, 0))).collect(),
+    };
     (receipt, number(row, 8))
 }
 

@@ -51,7 +51,7 @@ impl Test {
     fn delete_with(&self, by: u8, further: &[ChunkKey], now: u64) -> Deleted {
         let weigh = |_: Option<LayoutId>, key: &ChunkKey| {
             let ram = (key.as_bytes()[0].is_multiple_of(2)).then_some(10);
-            Some(Weight { disk: Some(10), ram })
+            Some(Weight { disk: Some(10), ram, bucket: ram })
         };
         self.journal().delete_document(document(by), further, now, weigh).unwrap()
     }
@@ -86,6 +86,7 @@ fn a_deletion_is_told_again_until_there_is_more_to_delete() {
         generation: 2,
         disk: Size { objects: 2, bytes: 20 },
         ram: Size { objects: 1, bytes: 10 },
+        bucket: Size { objects: 1, bytes: 10 },
         kept: 1,
         keys: vec![key(1), key(2)],
     };
@@ -100,6 +101,17 @@ fn a_deletion_is_told_again_until_there_is_more_to_delete() {
     assert_eq!((more.disk.objects, more.kept), (1, 0));
     assert_eq!(more.keys, [key(1), key(2), key(4)], "for who still caches what went before");
     assert_eq!(test.delete(2, 40).gone, [key(3)], "nobody else is left");
+}
+
+#[test]
+fn a_receipt_that_was_written_before_there_were_buckets_is_read() {
+    let size = Size { objects: 2, bytes: 20 };
+    let keys = vec![key(1), key(2)];
+    let receipt = Receipt { generation: 2, disk: size, ram: size, bucket: size, kept: 1, keys };
+    let row = rows::pack_receipt(&receipt, 7);
+    assert_eq!(rows::unpack_receipt(&row), (receipt.clone(), 7));
+    let before = Receipt { bucket: Size::default(), ..receipt };
+    assert_eq!(rows::unpack_receipt(&row[..row.len() - 12]), (before, 7));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use crate::catalogue::Record;
 use crate::clock::Clock;
-use crate::core::Core;
+use crate::core::{Core, Doomed};
 use crate::journal::{Claim, Journal, NEVER, Weight};
 use crate::options::Options;
 use crate::testing::{self, Chunk};
@@ -153,7 +153,7 @@ async fn a_deletion_that_a_crash_interrupted_is_finished_before_anything_is_serv
     {
         // All that happens before the first file goes.
         let journal = Journal::open(&test.dir.path().join("journal.redb"), lock).unwrap();
-        let weigh = |_: Option<LayoutId>, _: &ChunkKey| Some(Weight { disk: Some(7), ram: None });
+        let weigh = |_: Option<LayoutId>, _: &ChunkKey| Some(Weight { disk: Some(7), ..Weight::default() });
         journal.delete_document(DOCUMENT, &[], NOON, weigh).unwrap();
     }
     assert!(file(test.dir.path(), &chunk));
@@ -200,7 +200,7 @@ async fn a_put_first_finishes_a_deletion_of_its_key() {
     core.journal.delete(&[chunk.key], NOON).unwrap();
     // As a deletion leaves it whose file did not go.
     core.catalogue.lock().take(&chunk.key, MissReason::Deleted);
-    core.doomed.lock().insert(chunk.key, record.bytes);
+    core.doomed.lock().insert(chunk.key, Doomed { bytes: record.bytes, in_bucket: false });
     stored(&core, &chunk, None);
     assert_eq!(core.stat().disk_used_bytes, record.bytes);
     drop(core);
