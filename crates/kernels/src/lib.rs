@@ -1,9 +1,8 @@
 //! Kernels over paged KV: those of the CPU, and the text and launches of those of a CUDA device ([`cuda`]).
 //!
-//! Everything but [`cuda`] works on plain `f32` slices: no tensors, no I/O; what a thread keeps between calls is scratch memory.
-//! [`page`] says where a token's key and value live; [`attend`], [`place`] and [`probe`] read and write
-//! there; [`matrix`] and [`ops`] are the rest of a decoder layer. Shapes are row-major and written as
-//! `[rows, width]`.
+//! Everything but [`cuda`] works on plain `f32` slices: no tensors, no I/O; what a thread keeps between calls is scratch
+//! memory. [`page`] says where a token's key and value live; [`attend`], [`place`] and [`probe`] read and write there;
+//! [`matrix`] and [`ops`] are the rest of a decoder layer. Shapes are row-major and written as `[rows, width]`.
 #![expect(
     unsafe_code,
     reason = "threads write disjoint parts of one result; a bounds check in an inner loop costs its registers"

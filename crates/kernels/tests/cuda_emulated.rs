@@ -2,7 +2,7 @@
 //!
 //! The text that runs is the text that NVRTC compiles, but for the instructions in `cuda/warp.cuh`. `cuda_gpu.rs` makes the
 //! same comparisons on a GPU.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 #![allow(unsafe_code, reason = "functions of a C++ library")]
 
 #[path = "cuda/compare.rs"]

@@ -2,7 +2,7 @@
 //!
 //! Where there is no driver this says so and is skipped, unless `CACHECLIP_NEED_GPU` is set. **It has not run on a GPU
 //! yet.**
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 #![allow(unsafe_code, reason = "launches of kernels")]
 
 #[path = "cuda/compare.rs"]

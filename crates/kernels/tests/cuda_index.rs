@@ -1,5 +1,5 @@
 //! The index arithmetic of the CUDA kernels, compiled for the host, against that of the CPU kernels.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 #![allow(unsafe_code, reason = "functions of a C++ library")]
 
 #[path = "cuda/host.rs"]

@@ -3,7 +3,7 @@
 //! The toolkit is taken from `CUDA_HOME`, or from `target/cuda`, where `scripts/cuda-toolkit` puts it. Without one this says
 //! so and is skipped, unless `CACHECLIP_NEED_NVRTC` is set, as in CI. What was compiled once is not compiled again: the
 //! results are kept under a digest of text, options and compiler.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 #![allow(unsafe_code, reason = "functions of NVRTC")]
 
 #[allow(dead_code, reason = "the device module uses the rest")]

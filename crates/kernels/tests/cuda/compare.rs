@@ -1,51 +1,20 @@
 //! What the CUDA kernels compute, against the CPU kernels, on any machine that launches them.
 
+#[path = "machine.rs"]
+mod machine;
+
 use cacheclip_kernels::attend::{Queries, attend_each, attend_rows};
 use cacheclip_kernels::cuda::Heads;
-use cacheclip_kernels::cuda::launch::{self, Address, Angles, Attended, Launch, Paged, Parts, Rows, Stored};
+use cacheclip_kernels::cuda::launch::{self, Angles, Attended, Paged, Parts, Rows, Stored};
 use cacheclip_kernels::page::{HeadShape, LayerView, PAGE_TOKENS, pages_for};
 use cacheclip_kernels::place::{StoredLayer, place, scatter};
 use cacheclip_kernels::probe::{Reduce, probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use half::{bf16, f16};
+use machine::Buffer;
+pub(crate) use machine::{Machine, Memory};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use std::marker::PhantomData;
-
-/// What launches kernels.
-pub(crate) trait Machine {
-    /// Copies bytes to memory of the machine, on 16 bytes at least.
-    fn upload(&self, bytes: &[u8]) -> Box<dyn Memory + '_>;
-    /// Launches a kernel and waits for it.
-    fn run(&self, launch: &Launch);
-}
-
-/// Memory of a machine.
-pub(crate) trait Memory {
-    fn address(&self) -> Address;
-    fn read(&self) -> Vec<u8>;
-}
-
-/// Numbers in a machine's memory.
-struct Buffer<'a, T>(Box<dyn Memory + 'a>, PhantomData<T>);
-
-impl<'a, T: bytemuck::Pod> Buffer<'a, T> {
-    fn new(machine: &'a dyn Machine, values: &[T]) -> Self {
-        Self(machine.upload(bytemuck::cast_slice(values)), PhantomData)
-    }
-
-    fn filled(machine: &'a dyn Machine, value: T, length: usize) -> Self {
-        Self::new(machine, &vec![value; length])
-    }
-
-    fn address(&self) -> Address {
-        self.0.address()
-    }
-
-    fn values(&self) -> Vec<T> {
-        self.0.read().chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
-    }
-}
 
 /// What a slot holds that nobody wrote: it must not be read, or must not count.
 const GARBAGE: bf16 = bf16::NAN;
