@@ -1,6 +1,6 @@
 //! CUDA kernels over paged KV: their text, what they are compiled for, and how they are launched.
 //!
-//! The text lies in `crates/kernels/cuda`. Nothing here needs CUDA but [`device`], which is behind the feature `cuda`:
+//! The text lies in `crates/kernels/cuda`. Nothing here needs CUDA but `device`, which is behind the feature `cuda`:
 //! that NVRTC takes every kernel is tested where NVRTC is, and what the kernels compute is tested on the host, where an
 //! emulated warp runs their text (`tests/cuda_emulated.rs`).
 //!
