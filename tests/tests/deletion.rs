@@ -157,6 +157,15 @@ async fn a_store_that_is_away_is_pending_until_it_is_back_and_asked_again() {
     };
     let corpus = world::generate(205, 4, 1, &Family::ALL);
     let texts: Vec<&str> = corpus.documents.iter().map(|document| document.text.as_str()).collect();
+    // A store that a holder never heard of has no name to be pending by.
+    until("every holder has heard all stores", async || {
+        let mut heard = true;
+        for holder in fleet.workers.iter().chain(&fleet.scorers) {
+            heard &= holder.sum("cacheclip_client_live_stores", &[]).await == fleet.stores.len() as f64;
+        }
+        heard
+    })
+    .await;
     let mut gateway = client(&fleet.gateway.endpoint());
     ingest(&mut gateway, &texts).await.expect("ingested");
     let questions = request(&texts, &corpus.questions[0].text);
