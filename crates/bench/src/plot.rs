@@ -1,5 +1,6 @@
 //! Curves and bars as SVG: text stays text, so no font is needed to draw it, and one file reads well on light and dark pages.
 
+use plotters::coord::Shift;
 use plotters::coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -20,6 +21,17 @@ const DARK: &str = r##"<style>@media (prefers-color-scheme: dark) {
 [fill="#FFFFFF"] { fill: #0d1117 } [fill="#000000"] { fill: #e6edf3 } [stroke="#000000"] { stroke: #e6edf3 }
 }</style>
 "##;
+
+/// What every chart stands in.
+fn frame<'a, 'b>(
+    area: &'a DrawingArea<SVGBackend<'b>, Shift>,
+    title: &str,
+) -> Result<ChartBuilder<'a, 'a, SVGBackend<'b>>, Box<dyn std::error::Error>> {
+    area.fill(&WHITE)?;
+    let mut frame = ChartBuilder::on(area);
+    frame.caption(title, ("sans-serif", 20)).margin(12).x_label_area_size(44).y_label_area_size(64);
+    Ok(frame)
+}
 
 /// Why a chart was not drawn.
 #[derive(Debug, thiserror::Error)]
@@ -118,13 +130,7 @@ impl Chart {
         Y::CoordDescType: ValueFormatter<f64> + Ranged<ValueType = f64>,
     {
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-        area.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(&self.title, ("sans-serif", 20))
-            .margin(12)
-            .x_label_area_size(44)
-            .y_label_area_size(64)
-            .build_cartesian_2d(x, y)?;
+        let mut chart = frame(&area, &self.title)?.build_cartesian_2d(x, y)?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
@@ -195,13 +201,8 @@ impl Bars {
 
     fn draw(&self, svg: &mut String, top: f64) -> Result<(), Box<dyn std::error::Error>> {
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-        area.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(&self.title, ("sans-serif", 20))
-            .margin(12)
-            .x_label_area_size(44)
-            .y_label_area_size(64)
-            .build_cartesian_2d(0.0..self.groups.len() as f64, 0.0..top)?;
+        let mut chart =
+            frame(&area, &self.title)?.build_cartesian_2d(0.0..self.groups.len() as f64, 0.0..top)?;
         chart
             .configure_mesh()
             .disable_x_mesh()

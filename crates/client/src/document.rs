@@ -5,18 +5,22 @@ use crate::find::Finder;
 use crate::fleet::grouped;
 use crate::node::Node;
 use crate::{Error, StoreClient};
+use bytes::Bytes;
 use cacheclip_chunk::{ChunkKey, DocumentId, LayoutId};
 use cacheclip_rpc::convert::id_bytes;
 use cacheclip_rpc::deletion;
+use cacheclip_rpc::v1::cache_client::CacheClient;
 use cacheclip_rpc::v1::{
-    DeleteDocumentRequest, DeleteDocumentResponse, Hold, HoldRequest, PinRequest, TierDeletion, UnpinRequest,
+    DeleteDocumentRequest, DeleteDocumentResponse, Hold, HoldRequest, HolderDeletion, PinRequest,
+    PinResponse, TierDeletion, UnpinRequest,
 };
 use cacheclip_service::request_id::outgoing;
 use cacheclip_service::seconds;
 use futures::future::join_all;
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use tonic::{Code, Request};
+use tonic::transport::Channel;
+use tonic::{Code, Request, Response, Status};
 
 /// Most keys that a store is told in one call.
 const BATCH: usize = 4096;
@@ -35,6 +39,15 @@ pub struct DocumentDeletion {
     /// Stores that did not answer, ascending: by name, or by endpoint where nobody has ever answered there. They may
     /// still have everything.
     pub pending: Vec<String>,
+}
+
+impl DocumentDeletion {
+    /// The same as a worker or scorer tells it, with what went from its own RAM.
+    pub fn with(mut self, own: &TierDeletion) -> HolderDeletion {
+        deletion::add(&mut self.tiers, own);
+        let Self { generation, tiers, kept, pending, .. } = self;
+        HolderDeletion { generation, tiers, kept, pending }
+    }
 }
 
 impl StoreClient {
@@ -78,17 +91,10 @@ impl StoreClient {
     /// # Errors
     /// As [`hold`](Self::hold).
     pub async fn pin(&self, layout: LayoutId, keys: &[ChunkKey], seconds: u64) -> Result<u32, Error> {
-        let calls = self.places(layout, keys).await?;
-        let calls = calls.into_iter().map(async |(node, keys)| {
-            let request = PinRequest { layout: id_bytes(layout.as_bytes()), keys: raw(&keys), seconds };
-            let call = || {
-                let mut client = node.control.clone();
-                let request = outgoing(Request::new(request.clone()));
-                async move { client.pin(request).await }
-            };
-            again(&self.fleet, &node, "pin", self.options.call_timeout_seconds, &self.options, call).await
-        });
-        join_all(calls).await.into_iter().try_fold(0, |sum, pinned| Ok(sum + pinned?.keys))
+        let ask = async |mut store: CacheClient<Channel>, layout, keys| {
+            store.pin(outgoing(Request::new(PinRequest { layout, keys, seconds }))).await
+        };
+        self.count_at_places("pin", layout, keys, ask).await
     }
 
     /// Lets chunks go that were kept from eviction; how many were found, copies included.
@@ -96,17 +102,26 @@ impl StoreClient {
     /// # Errors
     /// As [`hold`](Self::hold).
     pub async fn unpin(&self, layout: LayoutId, keys: &[ChunkKey]) -> Result<u32, Error> {
-        let calls = self.places(layout, keys).await?;
+        let ask = async |mut store: CacheClient<Channel>, layout, keys| {
+            store.unpin(outgoing(Request::new(UnpinRequest { layout, keys }))).await
+        };
+        self.count_at_places("unpin", layout, keys, ask).await
+    }
+
+    /// Asks every place for its keys; how many they say it was for.
+    async fn count_at_places(
+        &self,
+        method: &'static str,
+        layout: LayoutId,
+        keys: &[ChunkKey],
+        ask: impl AsyncFn(CacheClient<Channel>, Bytes, Vec<Bytes>) -> Result<Response<PinResponse>, Status>,
+    ) -> Result<u32, Error> {
+        let (calls, ask) = (self.places(layout, keys).await?, &ask);
         let calls = calls.into_iter().map(async |(node, keys)| {
-            let request = UnpinRequest { layout: id_bytes(layout.as_bytes()), keys: raw(&keys) };
-            let call = || {
-                let mut client = node.control.clone();
-                let request = outgoing(Request::new(request.clone()));
-                async move { client.unpin(request).await }
-            };
-            again(&self.fleet, &node, "unpin", self.options.call_timeout_seconds, &self.options, call).await
+            let call = || ask(node.control.clone(), id_bytes(layout.as_bytes()), raw(&keys));
+            again(&self.fleet, &node, method, self.options.call_timeout_seconds, &self.options, call).await
         });
-        join_all(calls).await.into_iter().try_fold(0, |sum, unpinned| Ok(sum + unpinned?.keys))
+        join_all(calls).await.into_iter().try_fold(0, |sum, counted| Ok(sum + counted?.keys))
     }
 
     /// Deletes a document at every store that is known, live or not; at those that do not answer it is pending, and

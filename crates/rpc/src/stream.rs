@@ -6,6 +6,7 @@ use crate::frames::{Reader, cut, framed};
 use crate::v1::{GetLayersRequest, GetRequest, KvFrame};
 use bytes::Bytes;
 use http_body::{Body as _, Frame};
+use http_body_util::Full;
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -105,25 +106,6 @@ impl<S: Stream<Item = Result<KvFrame, Status>> + Unpin> http_body::Body for Answ
     }
 }
 
-/// One message.
-struct Once(Option<Bytes>);
-
-impl http_body::Body for Once {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Poll::Ready(self.0.take().map(|message| Ok(Frame::data(message))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.0.is_none()
-    }
-}
-
 /// Asks for a whole container; frames of more than `most` bytes are refused.
 ///
 /// # Errors
@@ -155,7 +137,7 @@ async fn ask<M: prost::Message>(
     most: usize,
 ) -> Result<Response<Frames>, Status> {
     let (metadata, extensions, message) = request.into_parts();
-    let mut request = http::Request::new(Body::new(Once(Some(framed(&message)))));
+    let mut request = http::Request::new(Body::new(Full::new(framed(&message))));
     *request.method_mut() = Method::POST;
     *request.version_mut() = Version::HTTP_2;
     *request.uri_mut() = http::Uri::from_static(path);
@@ -288,7 +270,7 @@ mod tests {
     async fn an_answer_that_breaks_off_is_an_error() {
         let whole = framed(&frame(10));
         for (bytes, code) in [(whole.clone(), Code::Unknown), (whole.slice(..8), Code::Unknown)] {
-            let response = http::Response::new(Body::new(Once(Some(bytes))));
+            let response = http::Response::new(Body::new(Full::new(bytes)));
             let (_, ended) = all(received(response)).await;
             assert_eq!(ended.expect_err("no status came").code(), code);
         }
@@ -297,12 +279,12 @@ mod tests {
     #[tokio::test]
     async fn a_request_is_read_with_its_metadata() {
         let message = GetRequest { layout: vec![1; 32].into(), key: vec![2; 32].into() };
-        let mut request = http::Request::new(Body::new(Once(Some(framed(&message)))));
+        let mut request = http::Request::new(Body::new(Full::new(framed(&message))));
         request.headers_mut().insert("x-request-id", HeaderValue::from_static("seven"));
         let read = read::<GetRequest>(request, 1000).await.expect("a request");
         assert_eq!(read.metadata().get("x-request-id").expect("kept"), "seven");
         assert_eq!(read.into_inner(), message);
-        let long = http::Request::new(Body::new(Once(Some(framed(&message)))));
+        let long = http::Request::new(Body::new(Full::new(framed(&message))));
         assert_eq!(super::read::<GetRequest>(long, 10).await.expect_err("too long").code(), Code::OutOfRange);
     }
 

@@ -7,7 +7,6 @@ use crate::ram::{Mark, Ram};
 use crate::stores::{Lacking, Stores};
 use cacheclip_chunk::{ChunkKey, DocumentId};
 use cacheclip_client::Since;
-use cacheclip_rpc::deletion;
 use cacheclip_rpc::status::invalid;
 use cacheclip_rpc::v1::{self, Hold, HolderDeletion};
 use std::collections::{HashMap, HashSet};
@@ -204,9 +203,7 @@ impl Chunks {
         let deleted = stores.delete_document(document).await;
         let keys: HashSet<ChunkKey> = deleted.keys.iter().copied().collect();
         let forgotten = self.ram.forget(|digest| stores.names(&keys, digest));
-        let mut tiers = deleted.tiers;
-        deletion::add(&mut tiers, &forgotten);
-        HolderDeletion { generation: deleted.generation, tiers, kept: deleted.kept, pending: deleted.pending }
+        deleted.with(&forgotten)
     }
 }
 

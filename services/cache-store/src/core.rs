@@ -280,7 +280,7 @@ impl Core {
             return Err(io::Error::other("its deletion from the bucket is not complete; put again later"));
         }
         let now = self.clock.now();
-        let life = self.journal.lives(&[key], now)?.first().copied().unwrap_or_default();
+        let life = self.journal.life(&key, now)?;
         self.disk.publish(temporary, &key)?;
         {
             let mut catalogue = self.catalogue.lock();

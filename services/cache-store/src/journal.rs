@@ -183,6 +183,11 @@ impl Journal {
         })
     }
 
+    /// What is true of a key at `now`.
+    pub(crate) fn life(&self, key: &ChunkKey, now: u64) -> io::Result<Life> {
+        Ok(self.lives(&[*key], now)?.first().copied().unwrap_or_default())
+    }
+
     /// What is true of these keys at `now`, in their order.
     pub(crate) fn lives(&self, keys: &[ChunkKey], now: u64) -> io::Result<Vec<Life>> {
         self.read(|transaction| {

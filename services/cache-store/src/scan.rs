@@ -54,8 +54,7 @@ pub(crate) fn scan(
                 catalogue.insert(key, record);
                 let life = lives.get(&key).copied().unwrap_or_default();
                 let published = clock::seconds(modified);
-                catalogue
-                    .expire_at(&key, expiry(life.claimed.filter(|until| *until > published), published, ttl));
+                catalogue.expire_at(&key, expiry(life.claimed, published, ttl));
                 if life.pinned != 0 {
                     catalogue.pin(&key, life.pinned);
                 }
@@ -83,8 +82,10 @@ pub(crate) fn scan(
     Ok(found)
 }
 
-/// When an object's time is over: with its last claim, or, where nobody claims it, so long after its publication.
+/// When an object's time is over: with its last claim, or, where nobody claimed it any more when it was published, so
+/// long after that.
 pub(crate) fn expiry(claimed: Option<u64>, published: u64, ttl: Option<u64>) -> u64 {
+    let claimed = claimed.filter(|until| *until > published);
     claimed.or_else(|| ttl.map(|seconds| published.saturating_add(seconds))).unwrap_or(NEVER)
 }
 

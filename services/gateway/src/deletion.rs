@@ -80,29 +80,29 @@ impl Deletion {
         for worker in workers {
             let (mut client, request) =
                 (self.workers.client(&worker), outgoing(Request::new(request.clone())));
-            asked.push(Box::pin(async move {
-                let call = client.delete_document(request);
-                let answer = within(PATIENCE, "the worker's deletion", call).await;
-                (
-                    format!("worker {}", worker.endpoint()),
-                    answer.map(Response::into_inner).map_err(|it| passed_on(&it, "worker")),
-                )
-            }));
+            let call = async move { client.delete_document(request).await };
+            asked.push(ask_one("worker", worker.endpoint(), call));
         }
         for scorer in scorers {
             let (mut client, request) =
                 (self.scorers.client(&scorer), outgoing(Request::new(request.clone())));
-            asked.push(Box::pin(async move {
-                let call = client.delete_document(request);
-                let answer = within(PATIENCE, "the scorer's deletion", call).await;
-                (
-                    format!("scorer {}", scorer.endpoint()),
-                    answer.map(Response::into_inner).map_err(|it| passed_on(&it, "scorer")),
-                )
-            }));
+            let call = async move { client.delete_document(request).await };
+            asked.push(ask_one("scorer", scorer.endpoint(), call));
         }
         (asked, unknown)
     }
+}
+
+fn ask_one(
+    kind: &'static str,
+    endpoint: &str,
+    call: impl Future<Output = Result<Response<HolderDeletion>, Status>> + Send + 'static,
+) -> Asked<'static> {
+    let name = format!("{kind} {endpoint}");
+    Box::pin(async move {
+        let answer = within(PATIENCE, &format!("the {kind}'s deletion"), call).await;
+        (name, answer.map(Response::into_inner).map_err(|it| passed_on(&it, kind)))
+    })
 }
 
 /// The receipt: what holders gave up of their own adds up, what stores told each of them is the same.

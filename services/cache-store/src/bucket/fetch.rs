@@ -77,7 +77,7 @@ impl Core {
         if !self.is_remote(&key, head.hash()) || self.catalogue.lock().has_expired(&key) {
             return Ok(false);
         }
-        let life = self.journal.lives(&[key], self.clock.now())?.first().copied().unwrap_or_default();
+        let life = self.journal.life(&key, self.clock.now())?;
         self.disk.publish(temporary, &key)?;
         {
             let mut catalogue = self.catalogue.lock();

@@ -105,8 +105,7 @@ impl Core {
                     let came = catalogue.on_disk(&key).is_none();
                     catalogue.set_remote(&key, Remote::Yes);
                     // The file's time says when it came back to disk, where it did.
-                    let claimed = life.claimed.filter(|until| *until > at);
-                    catalogue.expire_by(&key, scan::expiry(claimed, at, self.ttl));
+                    catalogue.expire_by(&key, scan::expiry(life.claimed, at, self.ttl));
                     if came {
                         self.announce.tell(key, true);
                     }
@@ -144,8 +143,7 @@ impl Core {
                             continue;
                         }
                         catalogue.insert_remote(key, record);
-                        let claimed = life.claimed.filter(|until| *until > at);
-                        catalogue.expire_at(&key, scan::expiry(claimed, at, self.ttl));
+                        catalogue.expire_at(&key, scan::expiry(life.claimed, at, self.ttl));
                         drop(catalogue);
                         self.announce.tell(key, true);
                     }

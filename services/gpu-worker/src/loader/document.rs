@@ -4,7 +4,6 @@ use super::{Loader, Wanted};
 use crate::engine::{Error, Tenant};
 use cacheclip_chunk::{ChunkKey, DocumentId};
 use cacheclip_client::{Located, StoreClient, Terms};
-use cacheclip_rpc::deletion;
 use cacheclip_rpc::v1::{Hold, HolderDeletion, MissReason};
 
 impl Loader {
@@ -74,8 +73,6 @@ impl Loader {
         };
         let deleted = stores.delete_document(document).await;
         let forgotten = self.ram.forget(&deleted.keys);
-        let mut tiers = deleted.tiers;
-        deletion::add(&mut tiers, &forgotten);
         tracing::info!(
             %document,
             generation = deleted.generation,
@@ -83,6 +80,6 @@ impl Loader {
             pending = ?deleted.pending,
             "a document was deleted"
         );
-        HolderDeletion { generation: deleted.generation, tiers, kept: deleted.kept, pending: deleted.pending }
+        deleted.with(&forgotten)
     }
 }
