@@ -286,6 +286,18 @@ impl Running {
     }
 }
 
+/// Pages in use once they are no more than `pages`, and the milliseconds that took; `None`: not in time.
+async fn settled(pages: f64) -> anyhow::Result<(f64, Option<f64>)> {
+    let begun = Instant::now();
+    loop {
+        let (used, waited) = (pages_used()?, begun.elapsed());
+        if used <= pages || waited > FREED {
+            return Ok((used, (used <= pages).then_some(waited.as_secs_f64() * 1e3)));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 /// Lets a full prefill join streams that are being written, then hangs up on all of them.
 async fn join(
     arguments: &Arguments,
@@ -297,7 +309,8 @@ async fn join(
     let long = bed.texts((arguments.join_tokens / each).max(1), each, 1)?;
     let longest =
         (bed.config.max_positions.saturating_sub(2 * arguments.tokens).max(1)).min(ENDLESS as usize) as u32;
-    let pages_before = pages_used()?;
+    // An answer's last token is there a moment before its pages are free: they are not what these streams hold.
+    let pages_before = settled(0.0).await?.0;
     reset_peak_rss();
     let mut running = Running::start(stand, chunks, longest);
     // A stream's first gap may hold the prefill of another one: it does not count.
@@ -321,15 +334,8 @@ async fn join(
     };
     let with = running.gaps();
     let peak_rss_bytes = peak_rss_bytes();
-    let hung_up = Instant::now();
     drop(running);
-    let freed = tokio::time::timeout(FREED, async {
-        while pages_used()? > pages_before {
-            tokio::time::sleep(POLL).await;
-        }
-        anyhow::Ok(hung_up.elapsed().as_secs_f64() * 1e3)
-    });
-    let freed_ms = freed.await.ok().transpose()?;
+    let (pages_after, freed_ms) = settled(pages_before).await?;
     Ok(Join {
         streams: chunks.len(),
         tokens: joined.usage().prompt_tokens,
@@ -338,7 +344,7 @@ async fn join(
         ttft_ms: joined.ttft_ms(),
         pages_before,
         pages_during,
-        pages_after: pages_used()?,
+        pages_after,
         freed_ms,
         kv_bytes: pages_during as u64 * page_bytes(&bed.config),
         peak_rss_bytes,
