@@ -6,8 +6,10 @@
 //!   └── engine thread, layer by layer as KV comes: place → recompute + question; then decode in one batch
 //! ```
 
+mod budget;
 mod engine;
 mod grpc;
+mod incoming;
 mod layout;
 mod link;
 mod loader;

@@ -24,6 +24,8 @@ const RUNNING: &str = "vllm:num_requests_running";
 const USAGE: &str = "vllm:kv_cache_usage_perc";
 const CONFIG: &str = "vllm:cache_config_info";
 const RAM: &str = "cacheclip_worker_ram_used_bytes";
+const UNPLACED: &str = "cacheclip_worker_unplaced_bytes";
+const UNPLACED_MOST: &str = "cacheclip_worker_unplaced_peak_bytes";
 const FORGOTTEN: &str = "cacheclip_worker_forgotten_chunks_total";
 
 /// Registers descriptions and the zero values of series that may never move.
@@ -60,6 +62,12 @@ pub fn describe() {
     requests(0, 0);
     gauge!(USAGE).set(0.0);
     describe_gauge!(RAM, Unit::Bytes, "Decoded chunk KV in the worker's RAM");
+    describe_gauge!(
+        UNPLACED,
+        Unit::Bytes,
+        "Chunk KV that requests have asked for or hold and that is not placed in pages, at most load_bytes"
+    );
+    describe_gauge!(UNPLACED_MOST, Unit::Bytes, "The most that there has been of it");
     describe_counter!(FORGOTTEN, "Chunks that went from the worker's RAM because a document was deleted");
     counter!(FORGOTTEN).increment(0);
     for reason in ["selected", "miss", "fallback"] {
@@ -129,6 +137,11 @@ pub(crate) fn write(outcome: &'static str) {
 
 pub(crate) fn ram(bytes: u64) {
     gauge!(RAM).set(bytes as f64);
+}
+
+pub(crate) fn unplaced(now: u64, most: u64) {
+    gauge!(UNPLACED).set(now as f64);
+    gauge!(UNPLACED_MOST).set(most as f64);
 }
 
 pub(crate) fn forgotten(chunks: usize) {
