@@ -1,5 +1,6 @@
 //! Metrics of the scorer: every name, label and meaning in one place.
 
+use cacheclip_client::Written;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 const LATENCY: &str = "cacheclip_scorer_latency_seconds";
@@ -26,9 +27,7 @@ pub fn describe() {
     describe_counter!(FORGOTTEN, "Chunks that went from the scorer's RAM because a document was deleted");
     counter!(FORGOTTEN).increment(0);
     RESULTS.iter().for_each(|&result| counter!(CHUNKS, "result" => result).increment(0));
-    cacheclip_client::OUTCOMES
-        .iter()
-        .for_each(|&outcome| counter!(WRITES, "outcome" => outcome).increment(0));
+    Written::ALL.iter().for_each(|it| counter!(WRITES, "outcome" => it.label()).increment(0));
 }
 
 pub(crate) fn scored(seconds: f64) {
@@ -47,6 +46,6 @@ pub(crate) fn cache(bytes: u64) {
     gauge!(CACHE).set(bytes as f64);
 }
 
-pub(crate) fn write(outcome: &'static str) {
-    counter!(WRITES, "outcome" => outcome).increment(1);
+pub(crate) fn write(outcome: Written) {
+    counter!(WRITES, "outcome" => outcome.label()).increment(1);
 }

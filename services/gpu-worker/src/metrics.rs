@@ -3,6 +3,7 @@
 //! A chunk's lookup has a `result` (hit, mismatch: another layout's, corrupt, timeout, miss: anything else) and a
 //! `reason`: that of a miss, `none` for a hit.
 
+use cacheclip_client::Written;
 use cacheclip_rpc::v1::MissReason;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
@@ -75,9 +76,7 @@ pub fn describe() {
     }
     lookups()
         .for_each(|(result, reason)| counter!(LOOKUPS, "result" => result, "reason" => reason).increment(0));
-    cacheclip_client::OUTCOMES
-        .iter()
-        .for_each(|&outcome| counter!(WRITES, "outcome" => outcome).increment(0));
+    Written::ALL.iter().for_each(|it| counter!(WRITES, "outcome" => it.label()).increment(0));
 }
 
 pub(crate) fn request(policy: &'static str, rung: String) {
@@ -131,8 +130,8 @@ pub(crate) fn pages(used: usize, total: usize) {
     gauge!(USAGE).set(used as f64 / total.max(1) as f64);
 }
 
-pub(crate) fn write(outcome: &'static str) {
-    counter!(WRITES, "outcome" => outcome).increment(1);
+pub(crate) fn write(outcome: Written) {
+    counter!(WRITES, "outcome" => outcome.label()).increment(1);
 }
 
 pub(crate) fn ram(bytes: u64) {
