@@ -64,6 +64,13 @@ fn speed_reports_every_row_with_its_stages_spread_and_costs() {
         assert_eq!(row["rung"], "scorer");
         // 135M parameters are in the same process.
         assert!(row["peak_rss_bytes"].as_u64() > Some(100 << 20), "{row}");
+        let memory = &row["memory"];
+        let parts = ["weights_bytes", "pages_bytes", "caches_bytes", "unplaced_bytes"];
+        let parts = parts.map(|part| number(&memory[part]));
+        assert!(parts[0] > 2.0 * 134e6 && parts.iter().all(|&part| part > 0.0), "{memory}");
+        assert_eq!(number(&memory["promised_bytes"]), parts.iter().sum::<f64>());
+        let over = number(&row["peak_rss_bytes"]) / number(&memory["promised_bytes"]);
+        assert!((number(&memory["peak_over_promised"]) / over - 1.0).abs() < 1e-6, "{memory}");
     }
     let even = report["break_even"].as_array().expect("one per ratio");
     for (even, row) in even.iter().zip(rows) {

@@ -6,6 +6,8 @@ use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogra
 const LATENCY: &str = "cacheclip_scorer_latency_seconds";
 const CHUNKS: &str = "cacheclip_scorer_chunks_total";
 const CACHE: &str = "cacheclip_scorer_cache_used_bytes";
+const PAGES_PEAK: &str = "cacheclip_scorer_pages_peak_bytes";
+const WEIGHTS: &str = "cacheclip_scorer_weights_bytes";
 const WRITES: &str = "cacheclip_scorer_writes_total";
 const FORGOTTEN: &str = "cacheclip_scorer_forgotten_chunks_total";
 
@@ -20,6 +22,8 @@ pub fn describe() {
         "Chunks of requests by how their auxiliary KV was had: cached, loaded, computed, text_needed"
     );
     describe_gauge!(CACHE, Unit::Bytes, "Auxiliary chunk KV in RAM");
+    describe_gauge!(PAGES_PEAK, Unit::Bytes, "Auxiliary KV in pages, the most so far");
+    describe_gauge!(WEIGHTS, Unit::Bytes, "Weights of the auxiliary model");
     describe_counter!(
         WRITES,
         "Auxiliary KV offered to the stores, by outcome: stored, existed, no_room, deleted (meanwhile), dropped, failed"
@@ -44,6 +48,14 @@ pub(crate) fn forgotten(chunks: usize) {
 
 pub(crate) fn cache(bytes: u64) {
     gauge!(CACHE).set(bytes as f64);
+}
+
+pub(crate) fn pages_peak(bytes: usize) {
+    gauge!(PAGES_PEAK).set(bytes as f64);
+}
+
+pub(crate) fn weights(bytes: usize) {
+    gauge!(WEIGHTS).set(bytes as f64);
 }
 
 pub(crate) fn write(outcome: Written) {

@@ -15,6 +15,8 @@ const RECOMPUTED: &str = "cacheclip_recomputed_tokens_total";
 const REALISED: &str = "cacheclip_worker_realised_ratio";
 const PAGES_USED: &str = "cacheclip_worker_pages_used";
 const PAGES_TOTAL: &str = "cacheclip_worker_pages_capacity";
+const PAGES_PEAK: &str = "cacheclip_worker_pages_peak_bytes";
+const WEIGHTS: &str = "cacheclip_worker_weights_bytes";
 const WRITES: &str = "cacheclip_worker_writes_total";
 const SAVED: &str = "cacheclip_prefill_seconds_saved_total";
 const SHADOWED: &str = "cacheclip_blend_quality_shadow_total";
@@ -42,6 +44,12 @@ pub fn describe() {
     describe_histogram!(REALISED, "Recomputed share of the reused chunk rows");
     describe_gauge!(PAGES_USED, "KV pages held by running sequences");
     describe_gauge!(PAGES_TOTAL, "KV pages there are");
+    describe_gauge!(
+        PAGES_PEAK,
+        Unit::Bytes,
+        "KV in pages, the most so far: of running sequences, and of the chunk that is computed"
+    );
+    describe_gauge!(WEIGHTS, Unit::Bytes, "Weights of the model");
     describe_counter!(
         WRITES,
         "Chunks offered to the stores, by outcome: stored, existed, no_room, deleted (meanwhile), dropped, failed"
@@ -128,6 +136,14 @@ pub(crate) fn pages(used: usize, total: usize) {
     gauge!(PAGES_USED).set(used as f64);
     gauge!(PAGES_TOTAL).set(total as f64);
     gauge!(USAGE).set(used as f64 / total.max(1) as f64);
+}
+
+pub(crate) fn pages_peak(bytes: usize) {
+    gauge!(PAGES_PEAK).set(bytes as f64);
+}
+
+pub(crate) fn weights(bytes: usize) {
+    gauge!(WEIGHTS).set(bytes as f64);
 }
 
 pub(crate) fn write(outcome: Written) {

@@ -84,6 +84,7 @@ struct Inner {
 impl Ram {
     /// Keeps at most `bytes` of KV.
     pub(crate) fn new(bytes: u64) -> Self {
+        crate::metrics::ram(0);
         // The estimate sizes bookkeeping only: a megabyte per section.
         let sections = usize::try_from(bytes >> 20).unwrap_or(usize::MAX).clamp(64, 1 << 20);
         Self(Arc::new(Inner {

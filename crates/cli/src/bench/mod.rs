@@ -10,6 +10,7 @@ mod fit;
 mod limits;
 mod load;
 mod measure;
+mod memory;
 mod peers;
 mod process;
 mod reuse;

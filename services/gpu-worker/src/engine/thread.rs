@@ -7,7 +7,7 @@ use super::job::{Load, Prompt, Section};
 use super::prefill::{Prefill, Ready};
 use super::shadow::{Rate, Shadow};
 use super::turns::Turns;
-use super::{Compute, Error, Options};
+use super::{Compute, Error, Options, page_bytes};
 use cacheclip_model::pages::{Allocator, pages_for};
 use cacheclip_model::walk::BLOCK_ROWS;
 use cacheclip_model::{Batch, Decoder, Device};
@@ -49,6 +49,8 @@ pub(super) struct Thread {
     /// Rows of a block.
     block_rows: usize,
     queue: usize,
+    /// Pages that sequences held at a time, at most so far.
+    most_pages: usize,
     load: Arc<Load>,
     /// Of passes in context: what reuse is compared with.
     rate: Rate,
@@ -87,6 +89,7 @@ impl Thread {
             turns: Turns::default(),
             logits: Vec::new(),
             queue: options.queue,
+            most_pages: 0,
             load,
             rate: Rate::default(),
             shadow: Shadow::new(options.shadow_ratio),
@@ -99,6 +102,7 @@ impl Thread {
             self.prefills.retain(|prefill| !prefill.abandoned());
             self.running.retain(|running| !running.abandoned());
             self.admit();
+            self.most_pages = self.most_pages.max(self.allocator.total() - self.allocator.free());
             let prefilled = self.prefill();
             let decoded = self.decode();
             self.report();
@@ -289,5 +293,7 @@ impl Thread {
         let queued = self.inbox.prompts.len() + self.inbox.sections.len();
         crate::metrics::requests(queued + waiting, self.running.len());
         crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
+        let most = self.most_pages + self.encoder.most_pages();
+        crate::metrics::pages_peak(most * page_bytes(self.decoder.config()));
     }
 }
