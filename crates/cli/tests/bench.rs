@@ -201,7 +201,8 @@ fn peers_are_timed_in_turns_where_they_are_installed() {
 
 #[test]
 fn the_scorers_pass_is_compared_with_products_of_the_same_rounds() {
-    let report = report("scorer --shape aux-30m --tokens 64,128 --question 8 --runs 2 --threads 1");
+    let report = report("scorer --tokens 64,128 --question 8 --runs 2 --threads 1");
+    assert_eq!(report["shape"], "aux-30m", "what scorers are measured with");
     let [short, long] = rows(&report) else { panic!("two lengths: {report}") };
     assert_eq!([&short["tokens"], &long["tokens"]], [64, 128]);
     for row in [short, long] {

@@ -18,6 +18,7 @@ mod scorer;
 mod speed;
 mod store;
 mod tuning;
+mod work;
 
 use anyhow::Context as _;
 use cacheclip_bench::plot::{Bars, Chart};
