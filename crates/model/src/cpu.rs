@@ -1,6 +1,7 @@
 //! The CPU device: `f32` activations in plain vectors, kernels from `cacheclip-kernels`.
 
 use crate::buffers::Buffer;
+use crate::decoder::{Decoder, Layer, Weights};
 use crate::device::{At, Device, Geometry, Look};
 use crate::error::Error;
 use crate::kv::{ChunkKv, LayerKv};
@@ -12,6 +13,7 @@ use cacheclip_kernels::place::{StoredLayer, place, scatter};
 use cacheclip_kernels::probe::{self, attend_and_look, probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use rayon::prelude::*;
+use std::sync::Arc;
 
 /// Rows that one thread norms the heads of: fewer are not worth handing over.
 const NORM_ROWS: usize = 32;
@@ -291,6 +293,18 @@ impl Device for Cpu {
         let look = probe::Look { first, columns, heads, rows };
         let values = attend_and_look(&pages.view(at), queries, look, &mut out.data);
         (out, values)
+    }
+}
+
+impl Decoder<Cpu> {
+    /// Bytes of the weights in memory, a table that is used twice counted once.
+    pub fn weight_bytes(&self) -> usize {
+        let Weights { embedding, layers, head, .. } = &*self.weights;
+        let layer = |it: &Layer<Cpu>| {
+            [&it.qkv, &it.output, &it.gate_up, &it.down].into_iter().map(Matrix::bytes).sum::<usize>()
+        };
+        let head = if Arc::ptr_eq(embedding, head) { 0 } else { head.bytes() };
+        embedding.bytes() + head + layers.iter().map(layer).sum::<usize>()
     }
 }
 

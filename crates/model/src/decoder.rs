@@ -213,7 +213,7 @@ impl<D: Device> Decoder<D> {
         self.device.pages(&self.geometry(), count)
     }
 
-    /// Places a section's KV at positions `start..`, all layers, which must have come.
+    /// Places a section's KV at positions `start..`, all layers.
     ///
     /// # Errors
     /// A device fault.

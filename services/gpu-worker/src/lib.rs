@@ -6,8 +6,10 @@
 //!   └── engine thread, layer by layer as KV comes: place → recompute + question; then decode in one batch
 //! ```
 
+mod budget;
 mod engine;
 mod grpc;
+mod incoming;
 mod layout;
 mod link;
 mod loader;
@@ -23,7 +25,7 @@ pub use options::{Loading, Options};
 use anyhow::Context as _;
 use cacheclip_chunk::Codec;
 use cacheclip_client::StoreClient;
-use cacheclip_kernels::page::{HeadShape, pages_for};
+use cacheclip_kernels::page::pages_for;
 use cacheclip_model::{Cpu, certificate, layout::spec, load};
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::worker_server::WorkerServer;
@@ -60,6 +62,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     })
     .await?
     .with_context(|| format!("model {}", options.model))?;
+    metrics::weights(loaded.decoder.weight_bytes());
     let config = loaded.decoder.config().clone();
     let tokenizer_digest = composer.tokenizer().digest();
     let layout = Arc::new(Layout::new(spec(&config, loaded.weights_digest, tokenizer_digest)));
@@ -133,8 +136,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
 
 /// Pages that fit a budget, but no more than a hundred of the longest sequences could fill.
 fn pages_within(bytes: u64, config: &cacheclip_model::config::Config) -> usize {
-    let shape = HeadShape { kv_heads: config.kv_heads, head_dim: config.head_dim };
-    let page = (shape.page() * config.layers * size_of::<f32>()) as u64;
+    let page = engine::page_bytes(config) as u64;
     let most = 100 * pages_for(config.max_positions);
     usize::try_from(bytes / page.max(1)).unwrap_or(usize::MAX).min(most)
 }

@@ -6,7 +6,8 @@
 use super::bar;
 use super::bed::{self, Bed, QUESTION, Stand, ask};
 use super::fit::percentile;
-use super::measure::{Machine, Runs, peak_rss_bytes, reset_peak_rss, rss_bytes};
+use super::measure::{Machine, Runs, peak_rss_bytes, reported, reset_peak_rss, rss_bytes};
+use super::memory::Memory;
 use crate::demo::compare::request;
 use crate::text;
 use anyhow::Context as _;
@@ -83,6 +84,8 @@ struct Row {
     /// All processes, per generated token.
     cpu_seconds_per_token: Runs,
     peak_rss_bytes: u64,
+    /// Of the round with that peak.
+    memory: Option<Memory>,
     runs: usize,
 }
 
@@ -103,6 +106,7 @@ struct Join {
     /// Keys and values that the pages of all streams have room for: pages are reserved to an answer's longest end.
     kv_bytes: u64,
     peak_rss_bytes: u64,
+    memory: Option<Memory>,
 }
 
 /// Time between two tokens of one stream.
@@ -180,6 +184,7 @@ struct Round {
     gaps_ms: Vec<f64>,
     cpu_seconds: f64,
     peak_rss_bytes: u64,
+    memory: Option<Memory>,
 }
 
 async fn together(bed: &Bed, stand: &Stand, chunks: &[String], answer: u32) -> anyhow::Result<Round> {
@@ -203,6 +208,7 @@ async fn together(bed: &Bed, stand: &Stand, chunks: &[String], answer: u32) -> a
         ttft_ms: answers.iter().map(bed::Answer::ttft_ms).collect(),
         gaps_ms: answers.iter().flat_map(bed::Answer::gaps_ms).collect(),
         peak_rss_bytes: peak_rss_bytes(),
+        memory: bed.memory()?,
     })
 }
 
@@ -217,6 +223,7 @@ fn row(streams: usize, rounds: &[Round]) -> Row {
         gap_p99_ms: runs(&|round| percentile(&round.gaps_ms, 0.99)),
         cpu_seconds_per_token: runs(&|round| round.cpu_seconds / f64::from(round.generated)),
         peak_rss_bytes: rounds.iter().map(|round| round.peak_rss_bytes).max().unwrap_or(0),
+        memory: Memory::highest(rounds.iter().map(|round| round.memory)),
         runs: rounds.len(),
     }
 }
@@ -333,7 +340,7 @@ async fn join(
         }
     };
     let with = running.gaps();
-    let peak_rss_bytes = peak_rss_bytes();
+    let (peak_rss_bytes, memory) = (peak_rss_bytes(), bed.memory()?);
     drop(running);
     let (pages_after, freed_ms) = settled(pages_before).await?;
     Ok(Join {
@@ -348,6 +355,7 @@ async fn join(
         freed_ms,
         kv_bytes: pages_during as u64 * page_bytes(&bed.config),
         peak_rss_bytes,
+        memory,
     })
 }
 
@@ -360,11 +368,7 @@ fn page_bytes(config: &Config) -> u64 {
 
 /// Pages that the worker says are in use; it shares this process.
 fn pages_used() -> anyhow::Result<f64> {
-    const NAME: &str = "cacheclip_worker_pages_used ";
-    let metrics = cacheclip_service::telemetry::render();
-    let value =
-        metrics.lines().find_map(|line| line.strip_prefix(NAME)).context("the worker counts no pages")?;
-    Ok(value.trim().parse()?)
+    reported("cacheclip_worker_pages_used")
 }
 
 impl Report {
@@ -384,6 +388,7 @@ impl Report {
                 row.gap_p99_ms.text(1),
                 row.cpu_seconds_per_token.text(3),
                 format!("{:.0}", row.peak_rss_bytes as f64 / 1e6),
+                Memory::cell(row.memory.as_ref()),
             ]
         };
         let header = [
@@ -395,6 +400,7 @@ impl Report {
             "p99 ms",
             "CPU s / token",
             "peak RSS MB",
+            "of promised",
         ];
         text::table(&header, &self.rows.iter().map(cells).collect::<Vec<_>>());
         let Some(join) = &self.join else { return };

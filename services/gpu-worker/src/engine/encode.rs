@@ -30,6 +30,8 @@ pub(super) struct Encoder {
     block_rows: usize,
     waiting: VecDeque<Section>,
     current: Option<Current>,
+    /// Positions of the longest section so far, what it is behind included.
+    longest: usize,
 }
 
 struct Current {
@@ -53,7 +55,7 @@ impl Encoder {
         let allocator = Allocator::new(pages_for(positions));
         let pages = decoder.pages(allocator.total())?;
         let sequence = allocator.sequence(positions)?;
-        Ok(Self { pages, sequence, block_rows, waiting: VecDeque::new(), current: None })
+        Ok(Self { pages, sequence, block_rows, waiting: VecDeque::new(), current: None, longest: 0 })
     }
 
     /// Takes a section in.
@@ -64,6 +66,11 @@ impl Encoder {
     /// Sections that wait or are under way.
     pub(super) fn len(&self) -> usize {
         self.waiting.len() + usize::from(self.current.is_some())
+    }
+
+    /// Pages that were written to so far.
+    pub(super) fn most_pages(&self) -> usize {
+        pages_for(self.longest)
     }
 
     /// Whose section is next; `None` when there is none. Sections that nobody waits for any more are dropped.
@@ -99,6 +106,7 @@ impl Encoder {
     fn begin(&mut self, decoder: &Decoder<Compute>) -> Option<Current> {
         let section = self.waiting.pop_front()?;
         let all = [&section.behind[..], &section.ids[..]].concat();
+        self.longest = self.longest.max(all.len());
         let layers = 0..decoder.config().layers;
         Some(Current {
             walk: decoder.walk(&all, (0..all.len() as u32).collect(), Logits::None, self.block_rows),

@@ -1,17 +1,20 @@
 //! From sections to a first token, in steps of one block of rows through one layer: assembly, selection, repair.
 //!
-//! A section's KV is placed just ahead of the layer that needs it, so that a request begins when the first layers have
-//! come and computes while the others are on their way.
+//! A section's KV is placed as it comes, whatever layer it is of, and is nowhere else then. A request begins when the
+//! first layers have come, and computes while the others are on their way.
 
-use super::generation::{First, Generation};
+use super::generation::{First, Generation, Placed};
 use super::job::Prompt;
 use super::turns::Tenant;
 use super::{Compute, Error};
+use crate::incoming::Kv;
 use cacheclip_model::device::At;
+use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::Sampler;
 use cacheclip_model::{Collect, Decoder, Device, Logits, Probe, Reduce, Walk};
 use cacheclip_plan::{Rung, Selection, Signals, select};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A prompt on its way to its first token.
@@ -21,12 +24,19 @@ pub(super) struct Prefill {
     walk: Walk<Compute>,
     block_rows: usize,
     goal: Goal,
-    /// Sections' KV is placed at the layers before this one.
-    placed: usize,
+    /// Sections that are not placed at all layers.
+    sections: Vec<Section>,
     admitted: Instant,
     stages: Stages,
     /// Of a shadow: the first token that was given; nobody reads what comes out.
     pub(super) shadows: Option<u32>,
+}
+
+/// A section on its way into the pages.
+struct Section {
+    placed: Placed,
+    /// Layers that are there.
+    layers: usize,
 }
 
 /// What the rows that are under way are for.
@@ -68,11 +78,12 @@ impl Prefill {
     /// # Errors
     /// A selection that is impossible as asked.
     pub(super) fn new(
-        prompt: Prompt,
+        mut prompt: Prompt,
         sequence: Sequence,
         decoder: &Decoder<Compute>,
         block_rows: usize,
     ) -> Result<Self, (Prompt, Error)> {
+        let placed = std::mem::take(&mut prompt.generation.placed);
         let generation = &*prompt.generation;
         let question = generation.assembly.question();
         let mut stages = Stages::default();
@@ -97,13 +108,17 @@ impl Prefill {
             stages.add("plan", began.elapsed());
             (walk, Goal::Repair(selection))
         };
+        let sections = match generation.in_context() {
+            true => Vec::new(),
+            false => placed.into_iter().map(|placed| Section { placed, layers: 0 }).collect(),
+        };
         Ok(Self {
             prompt,
             sequence,
             walk,
             block_rows,
             goal,
-            placed: 0,
+            sections,
             admitted: Instant::now(),
             stages,
             shadows: None,
@@ -120,17 +135,17 @@ impl Prefill {
         &self.prompt.generation.tenant
     }
 
-    /// Whether all KV that the next step needs has come.
+    /// Whether there is KV to place, or all KV is placed that the next rows need.
     pub(super) fn can_step(&self) -> bool {
+        self.sections.iter().any(Section::has_come) || self.can_compute()
+    }
+
+    fn can_compute(&self) -> bool {
         let layer = self.walk.layer();
-        layer < self.placed || self.sections().all(|kv| kv.layer(layer).is_some())
+        self.sections.iter().all(|section| section.layers > layer)
     }
 
-    fn sections(&self) -> impl Iterator<Item = &cacheclip_model::kv::ChunkKv> {
-        self.prompt.generation.sections().iter().map(|section| &section.kv)
-    }
-
-    /// Takes one block of rows through one layer; returns the rows.
+    /// Places what has come and takes one block of rows through one layer, if it can; returns the rows.
     ///
     /// # Errors
     /// The device or the model failed.
@@ -140,9 +155,11 @@ impl Prefill {
         pages: &mut <Compute as Device>::Pages,
     ) -> Result<usize, Error> {
         let began = Instant::now();
-        if self.walk.layer() == self.placed {
-            self.place(decoder, pages)?;
+        if self.place(decoder, pages)? {
             self.stages.add("place", began.elapsed());
+        }
+        if !self.can_compute() {
+            return Ok(0);
         }
         let (rows, began) = (self.walk.next_rows(), Instant::now());
         let (stage, probe) = match &mut self.goal {
@@ -167,28 +184,20 @@ impl Prefill {
         Ok(rows)
     }
 
-    /// Places what the next layer needs: all there is, where everything has come.
+    /// Places what has come; whether there was any.
     fn place(
         &mut self,
         decoder: &Decoder<Compute>,
         pages: &mut <Compute as Device>::Pages,
-    ) -> Result<(), Error> {
-        let (table, sections) = (self.sequence.table(), self.prompt.generation.sections());
-        if self.placed == 0 && self.sections().all(|kv| kv.complete()) {
-            for section in sections {
-                decoder.place(pages, table, &section.kv, section.start)?;
-            }
-            self.placed = decoder.config().layers;
-            return Ok(());
+    ) -> Result<bool, Error> {
+        let (table, mut placed) = (self.sequence.table(), false);
+        for section in self.sections.iter_mut().filter(|section| section.has_come()) {
+            section.place(decoder, pages, table)?;
+            placed = true;
         }
-        let at = At { layer: self.placed, table };
-        for section in sections {
-            if let Some(kv) = section.kv.layer(self.placed) {
-                decoder.place_layer(pages, at, kv, section.start)?;
-            }
-        }
-        self.placed += 1;
-        Ok(())
+        let layers = decoder.config().layers;
+        self.sections.retain(|section| section.layers < layers);
+        Ok(placed)
     }
 
     /// Whether the first token can be drawn.
@@ -226,6 +235,57 @@ impl Prefill {
         let first = First { token, sampler, sequence: self.sequence, selection, stages, ttft };
         Ok(Ready { prompt: self.prompt, first, spent })
     }
+}
+
+impl Section {
+    fn has_come(&self) -> bool {
+        match &self.placed.kv {
+            Kv::Here(_) => true,
+            Kv::Coming(kv) => kv.waits(),
+        }
+    }
+
+    /// Places what has come of it, and lets go of that.
+    fn place(
+        &mut self,
+        decoder: &Decoder<Compute>,
+        pages: &mut <Compute as Device>::Pages,
+        table: &[u32],
+    ) -> Result<(), Error> {
+        let Placed { starts, kv } = &self.placed;
+        let layers = decoder.config().layers;
+        let came = match kv {
+            Kv::Here(kv) => {
+                self.layers = layers;
+                return whole(decoder, pages, table, kv, starts);
+            }
+            Kv::Coming(kv) => kv.take(),
+        };
+        if came.len() == layers {
+            self.layers = layers;
+            let kv = ChunkKv::shared(came.iter().map(|layer| Arc::clone(&layer.kv)).collect());
+            return whole(decoder, pages, table, &kv, starts);
+        }
+        for layer in came {
+            let at = At { layer: self.layers, table };
+            for &start in starts {
+                decoder.place_layer(pages, at, &layer.kv, start)?;
+            }
+            self.layers += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Places all layers of a section.
+fn whole(
+    decoder: &Decoder<Compute>,
+    pages: &mut <Compute as Device>::Pages,
+    table: &[u32],
+    kv: &ChunkKv,
+    starts: &[usize],
+) -> Result<(), Error> {
+    starts.iter().try_for_each(|&start| Ok(decoder.place(pages, table, kv, start)?))
 }
 
 /// The rows to recompute and the question, at the first layer.
