@@ -118,7 +118,10 @@ impl Core {
         let (key, hash) = (head.key(), head.hash());
         let entry = head.segments().get(index).ok_or(MissReason::Corrupt)?;
         // Another reader may just have brought it, for an object that came to the tier after this one left it.
-        let brought = self.ram.lock().peek_at(&key, hash).and_then(|object| object.segment(index));
+        let (brought, held) = {
+            let ram = self.ram.lock();
+            (ram.peek_at(&key, hash).and_then(|object| object.segment(index)), ram.held())
+        };
         if let Some(stored) = brought {
             return Ok(stored);
         }
@@ -126,6 +129,7 @@ impl Core {
             let read = self.disk_part(&key, entry.offset, entry.stored_len as usize);
             read.and_then(|stored| check_segment(head, index, stored))
         })?;
+        let stored = held.count(stored);
         self.ram.lock().fill(&key, hash, index, stored.clone());
         Ok(stored)
     }
