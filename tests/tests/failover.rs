@@ -280,18 +280,14 @@ async fn two_gateways_send_requests_to_workers_that_hold_their_chunks_without_sh
         },
     )
     .await;
-    // Announcements of load are half a second old: one that came while the first worker seemed busy goes to the other, which
-    // holds the chunks from then on.
-    let mut elsewhere = 0;
+    // Which worker it is may differ where both hold the chunks: announcements of load are half a second old.
     for _ in 0..3 {
         for endpoint in [scene.fleet.gateway.endpoint(), second.endpoint()] {
             let answer = ask(&mut client(&endpoint), scene.request(0)).await.expect("an answer");
-            same(&first, &answer);
             let resident = |chunk: &ChunkReport| chunk.tier() == Tier::WorkerRam;
-            elsewhere += usize::from(!answer.explain.chunks.iter().all(resident));
+            assert!(answer.explain.chunks.iter().all(resident), "{endpoint}: {:?}", answer.explain.chunks);
         }
     }
-    assert!(elsewhere <= 1, "{elsewhere} of 6 requests went to workers without their chunks");
 }
 
 /// What a caller does that knows several gateways: the next one where one is away.
