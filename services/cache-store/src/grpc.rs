@@ -116,12 +116,7 @@ impl Service {
         key: ChunkKey,
         range: Range<u32>,
     ) -> Result<Opened, MissReason> {
-        let found = self.core.find(layout, &key)?;
-        // Another thread is for waiting: handing over what is at hand takes longer than opening it.
-        if found.is_at_hand() {
-            return self.core.open_found(found, &range);
-        }
-        let opened = self.blocking(move |core| core.open_found(found, &range)).await;
+        let opened = self.blocking(move |core| core.open_object(layout, &key, &range)).await;
         opened.unwrap_or(Err(MissReason::Unavailable))
     }
 

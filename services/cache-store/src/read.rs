@@ -19,27 +19,14 @@ pub(crate) struct Opened {
     pub(crate) tier: Tier,
 }
 
-/// An object that the store has.
-#[derive(Debug)]
-pub(crate) struct Found {
-    key: ChunkKey,
-    record: Record,
-    /// The bucket alone has it.
-    remote: bool,
-    /// What the RAM tier has of it.
-    object: Option<Arc<Resident>>,
-}
-
-impl Found {
-    /// Whether nothing has to be read to open it.
-    pub(crate) fn is_at_hand(&self) -> bool {
-        !self.remote && self.object.is_some()
-    }
-}
-
 impl Core {
-    /// Finds an object, which thereby counts as used.
-    pub(crate) fn find(&self, layout: LayoutId, key: &ChunkKey) -> Result<Found, MissReason> {
+    /// Opens an object for layers `range` (an end of 0 means all) and what comes with them. Blocking.
+    pub(crate) fn open_object(
+        &self,
+        layout: LayoutId,
+        key: &ChunkKey,
+        range: &Range<u32>,
+    ) -> Result<Opened, MissReason> {
         metrics::requested();
         let (record, remote) = {
             let mut catalogue = self.catalogue.lock();
@@ -47,20 +34,13 @@ impl Core {
             catalogue.touch(key);
             (record, catalogue.on_disk(key).is_none())
         };
-        let object = self.ram.lock().get(key).filter(|object| object.head.hash() == record.hash);
-        Ok(Found { key: *key, record, remote, object })
-    }
-
-    /// Opens what was found for layers `range` (an end of 0 means all) and what comes with them. Blocking where it is
-    /// not at hand.
-    pub(crate) fn open_found(&self, found: Found, range: &Range<u32>) -> Result<Opened, MissReason> {
-        let Found { key, record, remote, object } = found;
         if remote {
-            self.promote(&key, &record)?;
+            self.promote(key, &record)?;
         }
-        let object = match object {
+        let resident = self.ram.lock().get(key).filter(|object| object.head.hash() == record.hash);
+        let object = match resident {
             Some(object) => object,
-            None => self.reads.heads.share((key, record.hash), || self.read_head(&key, &record))?,
+            None => self.reads.heads.share((*key, record.hash), || self.read_head(key, &record))?,
         };
         if range.end > object.head.shape().layers {
             return Err(MissReason::Layout);
@@ -73,17 +53,6 @@ impl Core {
         };
         metrics::hit(label);
         Ok(Opened { object, tier })
-    }
-
-    /// Finds an object and opens it.
-    #[cfg(test)]
-    pub(crate) fn open_object(
-        &self,
-        layout: LayoutId,
-        key: &ChunkKey,
-        range: &Range<u32>,
-    ) -> Result<Opened, MissReason> {
-        self.open_found(self.find(layout, key)?, range)
     }
 
     /// An object's head from disk, for the RAM tier if it has room.
