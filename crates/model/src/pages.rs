@@ -1,9 +1,17 @@
 //! Which pages are free, and the pages of one sequence.
 
+use crate::config::Config;
 use crate::error::Error;
+use cacheclip_kernels::page::HeadShape;
 pub use cacheclip_kernels::page::pages_for;
 use parking_lot::Mutex;
 use std::sync::Arc;
+
+/// Bytes of a page of KV through all layers, of elements of so many bytes.
+pub fn page_bytes(config: &Config, element: usize) -> u64 {
+    let shape = HeadShape { kv_heads: config.kv_heads, head_dim: config.head_dim };
+    (shape.page() * config.layers * element) as u64
+}
 
 /// Hands out pages from a fixed budget; returned when the sequence is dropped.
 #[derive(Clone, Debug)]

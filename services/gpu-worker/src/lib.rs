@@ -25,7 +25,7 @@ pub use options::{Loading, Options};
 use anyhow::Context as _;
 use cacheclip_chunk::Codec;
 use cacheclip_client::StoreClient;
-use cacheclip_kernels::page::pages_for;
+use cacheclip_model::pages::{page_bytes, pages_for};
 use cacheclip_model::{Cpu, certificate, layout::spec, load};
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::worker_server::WorkerServer;
@@ -136,7 +136,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
 
 /// Pages that fit a budget, but no more than a hundred of the longest sequences could fill.
 fn pages_within(bytes: u64, config: &cacheclip_model::config::Config) -> usize {
-    let page = engine::page_bytes(config) as u64;
+    let page = page_bytes(config, size_of::<f32>());
     let most = 100 * pages_for(config.max_positions);
     usize::try_from(bytes / page.max(1)).unwrap_or(usize::MAX).min(most)
 }

@@ -138,7 +138,7 @@ pub(crate) fn pages(used: usize, total: usize) {
     gauge!(USAGE).set(used as f64 / total.max(1) as f64);
 }
 
-pub(crate) fn pages_peak(bytes: usize) {
+pub(crate) fn pages_peak(bytes: u64) {
     gauge!(PAGES_PEAK).set(bytes as f64);
 }
 

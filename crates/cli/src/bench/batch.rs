@@ -11,8 +11,7 @@ use super::memory::Memory;
 use crate::demo::compare::request;
 use crate::text;
 use anyhow::Context as _;
-use cacheclip_model::config::Config;
-use cacheclip_model::pages::pages_for;
+use cacheclip_model::pages::page_bytes;
 use cacheclip_rpc::v1::generate_event::Event;
 use cacheclip_rpc::v1::{GenerateRequest, Sampling};
 use serde::Serialize;
@@ -353,17 +352,10 @@ async fn join(
         pages_during,
         pages_after,
         freed_ms,
-        kv_bytes: pages_during as u64 * page_bytes(&bed.config),
+        kv_bytes: pages_during as u64 * page_bytes(&bed.config, size_of::<f32>()),
         peak_rss_bytes,
         memory,
     })
-}
-
-/// f32 keys and values of all layers in one page.
-fn page_bytes(config: &Config) -> u64 {
-    // The tokens of a page, as many as need no second one.
-    let tokens = (1..).take_while(|&tokens| pages_for(tokens) == 1).count();
-    (2 * tokens * config.layers * config.kv_heads * config.head_dim * size_of::<f32>()) as u64
 }
 
 /// Pages that the worker says are in use; it shares this process.

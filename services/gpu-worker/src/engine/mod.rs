@@ -21,8 +21,6 @@ pub(crate) use encode::{Canonical, RANK_VERSION};
 pub(crate) use generation::{Event, Generation, Outcome, Placed};
 pub(crate) use turns::Tenant;
 
-use cacheclip_kernels::page::HeadShape;
-use cacheclip_model::config::Config;
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::{Cpu, Decoder};
 use cacheclip_prompt::Tokenizer;
@@ -211,12 +209,6 @@ impl Drop for Events {
         self.inbox.close();
         self.alarm.ring();
     }
-}
-
-/// Bytes of a page, all layers.
-pub(crate) fn page_bytes(config: &Config) -> usize {
-    let shape = HeadShape { kv_heads: config.kv_heads, head_dim: config.head_dim };
-    shape.page() * config.layers * size_of::<f32>()
 }
 
 /// Bytes a chunk's KV takes in memory.

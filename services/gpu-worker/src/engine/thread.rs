@@ -7,8 +7,8 @@ use super::job::{Load, Prompt, Section};
 use super::prefill::{Prefill, Ready};
 use super::shadow::{Rate, Shadow};
 use super::turns::Turns;
-use super::{Compute, Error, Options, page_bytes};
-use cacheclip_model::pages::{Allocator, pages_for};
+use super::{Compute, Error, Options};
+use cacheclip_model::pages::{Allocator, page_bytes, pages_for};
 use cacheclip_model::walk::BLOCK_ROWS;
 use cacheclip_model::{Batch, Decoder, Device};
 use cacheclip_prompt::Tokenizer;
@@ -294,6 +294,6 @@ impl Thread {
         crate::metrics::requests(queued + waiting, self.running.len());
         crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
         let most = self.most_pages + self.encoder.most_pages();
-        crate::metrics::pages_peak(most * page_bytes(self.decoder.config()));
+        crate::metrics::pages_peak(most as u64 * page_bytes(self.decoder.config(), size_of::<f32>()));
     }
 }
