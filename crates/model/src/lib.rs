@@ -15,6 +15,8 @@ mod buffers;
 pub mod certificate;
 pub mod config;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod decoder;
 pub mod device;
 mod error;
