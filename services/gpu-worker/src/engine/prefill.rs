@@ -3,10 +3,10 @@
 //! A section's KV is placed just ahead of the layer that needs it, so that a request begins when the first layers have
 //! come and computes while the others are on their way.
 
+use super::Error;
 use super::generation::{First, Generation};
 use super::job::Prompt;
 use super::turns::Tenant;
-use super::{Compute, Error};
 use cacheclip_model::device::At;
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::Sampler;
@@ -15,10 +15,10 @@ use cacheclip_plan::{Rung, Selection, Signals, select};
 use std::time::{Duration, Instant};
 
 /// A prompt on its way to its first token.
-pub(super) struct Prefill {
+pub(super) struct Prefill<D: Device> {
     pub(super) prompt: Prompt,
     sequence: Sequence,
-    walk: Walk<Compute>,
+    walk: Walk<D>,
     block_rows: usize,
     goal: Goal,
     /// Sections' KV is placed at the layers before this one.
@@ -62,40 +62,49 @@ pub(super) struct Ready {
     pub(super) spent: Duration,
 }
 
-impl Prefill {
+impl<D: Device> Prefill<D> {
     /// Admits a prompt to the pages of `sequence`.
     ///
     /// # Errors
-    /// A selection that is impossible as asked.
+    /// A selection that is impossible as asked; a device without memory for the rows.
     pub(super) fn new(
         prompt: Prompt,
         sequence: Sequence,
-        decoder: &Decoder<Compute>,
+        decoder: &Decoder<D>,
         block_rows: usize,
     ) -> Result<Self, (Prompt, Error)> {
         let generation = &*prompt.generation;
         let question = generation.assembly.question();
         let mut stages = Stages::default();
         stages.add("queue", generation.queued.elapsed());
-        let (walk, goal) = if generation.in_context() {
+        let begun = if generation.in_context() {
             let positions = (0..generation.ids.len() as u32).collect();
             let selection = Selection::in_context(&generation.assembly, generation.nominal());
-            (decoder.walk(&generation.ids, positions, Logits::Last, block_rows), Goal::Repair(selection))
+            decoder
+                .walk(&generation.ids, positions, Logits::Last, block_rows)
+                .map(|walk| (walk, Goal::Repair(selection)))
+                .map_err(Error::from)
         } else if generation.probe {
             let positions: Vec<u32> = (question.start as u32..question.end as u32).collect();
             let layers = 0..decoder.config().layers;
             let reused = generation.assembly.reused();
             let probe = Probe::new(positions[0], reused.end, layers, Reduce::Max, Reduce::Max);
-            (decoder.walk(&generation.ids[question], positions, Logits::None, block_rows), Goal::Probe(probe))
+            decoder
+                .walk(&generation.ids[question], positions, Logits::None, block_rows)
+                .map(|walk| (walk, Goal::Probe(probe)))
+                .map_err(Error::from)
         } else {
             let began = Instant::now();
-            let selection = match plan(generation, None) {
-                Ok(selection) => selection,
-                Err(error) => return Err((prompt, error)),
-            };
-            let walk = repair(generation, &selection, decoder, block_rows);
+            let begun = plan(generation, None).and_then(|selection| {
+                let walk = repair(generation, &selection, decoder, block_rows)?;
+                Ok((walk, Goal::Repair(selection)))
+            });
             stages.add("plan", began.elapsed());
-            (walk, Goal::Repair(selection))
+            begun
+        };
+        let (walk, goal) = match begun {
+            Ok(begun) => begun,
+            Err(error) => return Err((prompt, error)),
         };
         Ok(Self {
             prompt,
@@ -134,11 +143,7 @@ impl Prefill {
     ///
     /// # Errors
     /// The device or the model failed.
-    pub(super) fn step(
-        &mut self,
-        decoder: &Decoder<Compute>,
-        pages: &mut <Compute as Device>::Pages,
-    ) -> Result<usize, Error> {
+    pub(super) fn step(&mut self, decoder: &Decoder<D>, pages: &mut D::Pages) -> Result<usize, Error> {
         let began = Instant::now();
         if self.walk.layer() == self.placed {
             self.place(decoder, pages)?;
@@ -160,7 +165,7 @@ impl Prefill {
             let generation = &*self.prompt.generation;
             let probed = probe.scores().split_off(generation.assembly.reused().start);
             let selection = plan(generation, Some(&probed))?;
-            self.walk = repair(generation, &selection, decoder, self.block_rows);
+            self.walk = repair(generation, &selection, decoder, self.block_rows)?;
             self.goal = Goal::Repair(selection);
             self.stages.add("plan", began.elapsed());
         }
@@ -168,25 +173,20 @@ impl Prefill {
     }
 
     /// Places what the next layer needs: all there is, where everything has come.
-    fn place(
-        &mut self,
-        decoder: &Decoder<Compute>,
-        pages: &mut <Compute as Device>::Pages,
-    ) -> Result<(), Error> {
+    fn place(&mut self, decoder: &Decoder<D>, pages: &mut D::Pages) -> Result<(), Error> {
         let (table, sections) = (self.sequence.table(), self.prompt.generation.sections());
         if self.placed == 0 && self.sections().all(|kv| kv.complete()) {
-            for section in sections {
-                decoder.place(pages, table, &section.kv, section.start)?;
-            }
+            let all: Vec<_> = sections.iter().map(|section| (&section.kv, section.start)).collect();
+            decoder.place_all(pages, table, &all)?;
             self.placed = decoder.config().layers;
             return Ok(());
         }
         let at = At { layer: self.placed, table };
-        for section in sections {
-            if let Some(kv) = section.kv.layer(self.placed) {
-                decoder.place_layer(pages, at, kv, section.start)?;
-            }
-        }
+        let of_layer: Vec<_> = sections
+            .iter()
+            .filter_map(|section| Some((section.kv.layer(self.placed)?, section.start)))
+            .collect();
+        decoder.place_sections(pages, at, &of_layer)?;
         self.placed += 1;
         Ok(())
     }
@@ -205,11 +205,10 @@ impl Prefill {
     ///
     /// # Errors
     /// Logits that are no numbers.
-    pub(super) fn finish(mut self, decoder: &Decoder<Compute>) -> Result<Ready, (Prompt, Error)> {
+    pub(super) fn finish(mut self, decoder: &Decoder<D>) -> Result<Ready, (Prompt, Error)> {
         let began = Instant::now();
-        let logits = decoder.logits(self.walk);
         let mut sampler = Sampler::new(self.prompt.generation.sampling);
-        let token = match sampler.next(&logits) {
+        let token = match decoder.logits(self.walk).and_then(|logits| sampler.next(&logits)) {
             Ok(token) => token,
             Err(error) => return Err((self.prompt, error.into())),
         };
@@ -229,17 +228,17 @@ impl Prefill {
 }
 
 /// The rows to recompute and the question, at the first layer.
-fn repair(
+fn repair<D: Device>(
     generation: &Generation,
     selection: &Selection,
-    decoder: &Decoder<Compute>,
+    decoder: &Decoder<D>,
     block_rows: usize,
-) -> Walk<Compute> {
+) -> Result<Walk<D>, Error> {
     let question = generation.assembly.question();
     let rows: Vec<u32> =
         selection.rows.iter().copied().chain(question.start as u32..question.end as u32).collect();
     let ids: Vec<u32> = rows.iter().map(|&row| generation.ids[row as usize]).collect();
-    decoder.walk(&ids, rows, Logits::Last, block_rows)
+    Ok(decoder.walk(&ids, rows, Logits::Last, block_rows)?)
 }
 
 fn plan(generation: &Generation, probed: Option<&[f32]>) -> Result<Selection, Error> {

@@ -1,6 +1,7 @@
 //! Promises of the engine, on a small model with random weights.
 
 use super::*;
+use cacheclip_model::Cpu;
 use cacheclip_model::config::Config;
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::load::{Source, load};
@@ -10,7 +11,7 @@ use std::time::Instant;
 const PAGES: usize = 96;
 const DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
 
-fn decoder() -> Decoder<Compute> {
+fn decoder() -> Decoder<Cpu> {
     let config = Config::shape("aux-30m").unwrap();
     let config =
         Config { layers: 3, vocab: 400, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, ..config };
@@ -23,7 +24,7 @@ fn tokenizer() -> Tokenizer {
 }
 
 fn engine(pages: usize) -> Engine {
-    let options = Options { pages, queue: 8, prefill_rows: 16, shadow_ratio: 0.0 };
+    let options = Options { pages, longest: 1024, queue: 8, prefill_rows: 16, shadow_ratio: 0.0 };
     Engine::start(decoder(), tokenizer(), options).unwrap()
 }
 

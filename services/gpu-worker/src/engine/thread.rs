@@ -7,9 +7,8 @@ use super::job::{Job, Load, Prompt};
 use super::prefill::{Prefill, Ready};
 use super::shadow::{Rate, Shadow};
 use super::turns::Turns;
-use super::{Compute, Error, Options};
+use super::{Error, Options};
 use cacheclip_model::pages::{Allocator, pages_for};
-use cacheclip_model::walk::BLOCK_ROWS;
 use cacheclip_model::{Batch, Decoder, Device};
 use cacheclip_prompt::Tokenizer;
 use std::collections::VecDeque;
@@ -24,16 +23,16 @@ const BATCH: usize = 32;
 const FEWEST: usize = 64;
 
 /// What the engine thread owns.
-pub(super) struct Thread {
-    decoder: Decoder<Compute>,
+pub(super) struct Thread<D: Device> {
+    decoder: Decoder<D>,
     tokenizer: Tokenizer,
-    pages: <Compute as Device>::Pages,
+    pages: D::Pages,
     allocator: Allocator,
     inbox: mpsc::Receiver<Job>,
     /// Prompts without pages, in order of arrival.
     waiting: VecDeque<Prompt>,
-    encoder: Encoder,
-    prefills: Vec<Prefill>,
+    encoder: Encoder<D>,
+    prefills: Vec<Prefill<D>>,
     running: Vec<Running>,
     turns: Turns,
     /// Of one decoding step.
@@ -55,9 +54,9 @@ enum Next {
     Prompt(usize),
 }
 
-impl Thread {
+impl<D: Device> Thread<D> {
     pub(super) fn new(
-        decoder: Decoder<Compute>,
+        decoder: Decoder<D>,
         tokenizer: Tokenizer,
         options: &Options,
         inbox: mpsc::Receiver<Job>,
@@ -65,10 +64,10 @@ impl Thread {
     ) -> Result<Self, Error> {
         let allocator = Allocator::new(options.pages);
         let budget = options.prefill_rows.max(1) * decoder.config().layers;
-        let block_rows = budget.clamp(FEWEST, BLOCK_ROWS);
+        let block_rows = budget.clamp(FEWEST, decoder.device().block_rows().max(FEWEST));
         Ok(Self {
             pages: decoder.pages(allocator.total())?,
-            encoder: Encoder::new(&decoder, block_rows)?,
+            encoder: Encoder::new(&decoder, block_rows, options.longest)?,
             budget,
             block_rows,
             decoder,

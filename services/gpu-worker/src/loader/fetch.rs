@@ -6,7 +6,6 @@ use crate::link::Flight;
 use crate::ram::Section;
 use cacheclip_client::{Item, StoreClient};
 use cacheclip_model::kv::ChunkKv;
-use cacheclip_model::layout::layer;
 use cacheclip_rpc::v1::{MissReason, Tier};
 use futures::StreamExt as _;
 use std::sync::Arc;
@@ -136,7 +135,7 @@ impl Reading {
                 at.section.rank = Some(ranks.into()).filter(|ranks: &Arc<[u8]>| ranks.len() == tokens);
             }
             Item::Layer(it) if at.fits && it.layer as usize == at.layers => {
-                at.section.kv.arrive(at.layers, layer(&it.data, at.section.kv.tokens()));
+                at.section.kv.arrive(at.layers, loader.layer(&it.data, at.section.kv.tokens()));
                 at.layers += 1;
                 flight.came(it.data.len() as u64);
                 loader.engine.wake();
