@@ -10,11 +10,13 @@
 
 mod error;
 pub mod executor;
+pub mod floor;
 pub mod launch;
 pub mod machine;
 pub mod memory;
 pub mod pinned;
 pub mod rows;
+pub mod timing;
 
 #[cfg(feature = "cuda")]
 mod blas;
