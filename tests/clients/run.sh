@@ -3,22 +3,22 @@
 # Makes a Python environment once, then runs pytest here; arguments go to pytest. Build first:
 # cargo build --release --workspace --bins
 #
-#   CACHECLIP_TOOLS           where the environment is made (target/tools)
-#   CACHECLIP_BIN_DIR         where the binaries are (target/release)
-#   CACHECLIP_TESTS_MAY_SKIP  1: where Python or its packages cannot be had, say so and pass
+#   TESTS_TOOLS           where the environment is made (target/tools)
+#   TESTS_BIN_DIR         where the binaries are (target/release)
+#   TESTS_MAY_SKIP  1: where Python or its packages cannot be had, say so and pass
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-environment="$(realpath -m "${CACHECLIP_TOOLS:-target/tools}/py")"
-binary="${CACHECLIP_BIN_DIR:-target/release}/cacheclip"
+environment="$(realpath -m "${TESTS_TOOLS:-target/tools}/py")"
+binary="${TESTS_BIN_DIR:-target/release}/cacheclip"
 requirements=(examples/retrieval-service/requirements.txt tests/clients/requirements.txt)
 
 say() { printf 'tests/clients: %s\n' "$*"; }
 # Who asked for these tests has to ask for going without them, too: a registry that is away must not look like success.
 skip() {
     say "NOT RUN: $*"
-    [[ ${CACHECLIP_TESTS_MAY_SKIP-} == 1 ]] && exit 0
-    say "to pass without these tests, set CACHECLIP_TESTS_MAY_SKIP=1"
+    [[ ${TESTS_MAY_SKIP-} == 1 ]] && exit 0
+    say "to pass without these tests, set TESTS_MAY_SKIP=1"
     exit 1
 }
 

@@ -3,12 +3,15 @@
 
 #[path = "../../fuzz/decoders.rs"]
 mod decoders;
+#[path = "../../services/cache-store/tests/common/dice.rs"]
+mod dice;
 
 use bytes::Bytes;
 use cacheclip_chunk::container::encode::encode_with_ids;
 use cacheclip_chunk::{ByteSpan, Codec, Dtype, Head, KvShape, Parts, Rank};
 use cacheclip_rpc::v1::{KvFrame, MissReason, Segment, Tier, kv_frame};
 use decoders::{ALL, KEY, LAYOUT, Meter};
+use dice::Dice;
 use prost::Message as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -19,19 +22,6 @@ const METER: Meter = |limit, decode| {
     let held = allocation_counter::measure(decode).bytes_max;
     assert!(held <= limit, "{held} bytes are held, {limit} are announced");
 };
-
-/// SplitMix64.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % end.max(1) as u64) as usize
-    }
-}
 
 /// Sound containers of every codec, dtype and kind of segment.
 fn containers() -> Vec<Vec<u8>> {
@@ -120,27 +110,28 @@ fn seeds(decoder: &str) -> Vec<Vec<u8>> {
 
 /// One to four small or large changes.
 fn mutated(seeds: &[Vec<u8>], dice: &mut Dice) -> Vec<u8> {
-    let mut bytes = seeds[dice.below(seeds.len())].clone();
-    for _ in 0..=dice.below(4) {
+    let mut below = |end: usize| dice.below(end as u64) as usize;
+    let mut bytes = seeds[below(seeds.len())].clone();
+    for _ in 0..=below(4) {
         // Heads and tables are small: half of the changes aim at them.
-        let end = if dice.below(2) == 0 { bytes.len() } else { bytes.len().min(500) };
-        let at = dice.below(end);
-        match dice.below(8) {
+        let end = if below(2) == 0 { bytes.len() } else { bytes.len().min(500) };
+        let at = below(end);
+        match below(8) {
             0 => bytes.truncate(at),
-            1 => bytes.extend(std::iter::repeat_n(dice.below(256) as u8, dice.below(300))),
-            2 if at < bytes.len() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][dice.below(5)],
+            1 => bytes.extend(std::iter::repeat_n(below(256) as u8, below(300))),
+            2 if at < bytes.len() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][below(5)],
             3 if at + 8 <= bytes.len() => {
-                let word = [0, 1, u64::MAX, 1 << 31, 1 << 32, 1 << 63, 4096][dice.below(7)];
+                let word = [0, 1, u64::MAX, 1 << 31, 1 << 32, 1 << 63, 4096][below(7)];
                 bytes[at..at + 8].copy_from_slice(&u64::to_le_bytes(word));
             }
             4 => {
-                let other = &seeds[dice.below(seeds.len())];
-                let from = dice.below(other.len());
-                let len = dice.below(100).min(other.len() - from).min(bytes.len().saturating_sub(at));
+                let other = &seeds[below(seeds.len())];
+                let from = below(other.len());
+                let len = below(100).min(other.len() - from).min(bytes.len().saturating_sub(at));
                 bytes[at..at + len].copy_from_slice(&other[from..from + len]);
             }
-            5 => drop(bytes.drain(at..(at + dice.below(64)).min(bytes.len()))),
-            _ if at < bytes.len() => bytes[at] ^= 1 << dice.below(8),
+            5 => drop(bytes.drain(at..(at + below(64)).min(bytes.len()))),
+            _ if at < bytes.len() => bytes[at] ^= 1 << below(8),
             _ => {}
         }
     }

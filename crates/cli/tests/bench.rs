@@ -9,6 +9,8 @@ fn bench(arguments: &str) -> Output {
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
         .arg("bench")
         .args(arguments.split(' '))
+        // No field of any service: would stop one that read the caller's environment.
+        .env("CACHECLIP_NO_SUCH_FIELD", "1")
         .output()
         .expect("the program runs")
 }
@@ -64,6 +66,13 @@ fn speed_reports_every_row_with_its_stages_spread_and_costs() {
         assert_eq!(row["rung"], "scorer");
         // 135M parameters are in the same process.
         assert!(row["peak_rss_bytes"].as_u64() > Some(100 << 20), "{row}");
+        let memory = &row["memory"];
+        let parts = ["weights_bytes", "pages_bytes", "caches_bytes", "unplaced_bytes"];
+        let parts = parts.map(|part| number(&memory[part]));
+        assert!(parts[0] > 2.0 * 134e6 && parts.iter().all(|&part| part > 0.0), "{memory}");
+        assert_eq!(number(&memory["promised_bytes"]), parts.iter().sum::<f64>());
+        let over = number(&row["peak_rss_bytes"]) / number(&memory["promised_bytes"]);
+        assert!((number(&memory["peak_over_promised"]) / over - 1.0).abs() < 1e-6, "{memory}");
     }
     let even = report["break_even"].as_array().expect("one per ratio");
     for (even, row) in even.iter().zip(rows) {
@@ -194,7 +203,8 @@ fn peers_are_timed_in_turns_where_they_are_installed() {
 
 #[test]
 fn the_scorers_pass_is_compared_with_products_of_the_same_rounds() {
-    let report = report("scorer --shape aux-30m --tokens 64,128 --question 8 --runs 2 --threads 1");
+    let report = report("scorer --tokens 64,128 --question 8 --runs 2 --threads 1");
+    assert_eq!(report["shape"], "aux-30m", "what scorers are measured with");
     let [short, long] = rows(&report) else { panic!("two lengths: {report}") };
     assert_eq!([&short["tokens"], &long["tokens"]], [64, 128]);
     for row in [short, long] {

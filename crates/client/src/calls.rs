@@ -139,8 +139,7 @@ impl Fleet {
             .step_by(PUT_FRAME)
             .map(move |at| put_frame::Frame::Data(container.slice(at..bytes.min(at + PUT_FRAME))));
         let frames = std::iter::once(announced).chain(frames).map(|frame| PutFrame { frame: Some(frame) });
-        let mut client = node.bulk.calls.clone();
-        let call = client.put(outgoing(Request::new(futures::stream::iter(frames))));
+        let call = stream::put(node.bulk.clone(), outgoing(Request::new(frames)), MAX_MESSAGE);
         let answer = self.call(node, "put", options.put_timeout_seconds, call).await?;
         node.sound();
         metrics::written(bytes);
@@ -173,7 +172,7 @@ impl Fleet {
     ) -> Result<Bytes, MissReason> {
         let started = Instant::now();
         let request = GetRequest { layout: id_bytes(layout.as_bytes()), key: id_bytes(key.as_bytes()) };
-        let call = stream::get(node.bulk.channel.clone(), outgoing(Request::new(request)), MAX_MESSAGE);
+        let call = stream::get(node.bulk.clone(), outgoing(Request::new(request)), MAX_MESSAGE);
         let mut frames = match self.call(node, "get", options.silence_seconds, call).await {
             Ok(frames) => frames,
             Err(Error::Status(status)) => return Err(reason(&status)),

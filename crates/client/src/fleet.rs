@@ -1,13 +1,13 @@
 //! The stores a client knows, which of them are live, and which one keeps what.
 
 use crate::membership;
-use crate::node::{Bulk, Node, Standing};
+use crate::node::{Node, Standing};
 use crate::placement;
 use crate::{Error, Options, metrics};
 use cacheclip_chunk::ChunkKey;
 use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::cache_client::CacheClient;
-use cacheclip_service::{ConnectOptions, endpoint, seconds};
+use cacheclip_service::{ConnectOptions, connect, endpoint, seconds};
 use parking_lot::{Mutex, RwLock};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -231,7 +231,7 @@ impl Inner {
                 return;
             }
         }
-        let bulk = match Bulk::dial(endpoint, &self.connect) {
+        let bulk = match connect(endpoint, &self.connect) {
             Ok(bulk) => bulk,
             Err(error) => return tracing::warn!(endpoint, %error, "a store cannot be dialled"),
         };

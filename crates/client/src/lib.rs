@@ -67,7 +67,7 @@ pub use client::{Deleted, Located, StoreClient, Terms};
 pub use document::DocumentDeletion;
 pub use layers::{Item, LayerKv, LayerStream};
 pub use options::Options;
-pub use publisher::{OUTCOMES, Publisher};
+pub use publisher::{Publisher, Written};
 pub use since::Since;
 pub use whole::Containers;
 

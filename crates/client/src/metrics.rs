@@ -1,9 +1,9 @@
 //! Metrics of the store client: every name, label and meaning in one place.
 //!
 //! Labels: `tier` is a tier's label, and `store_disk` for what is written; `direction` is `in` (from stores) or
-//! `out`; `reason` of `SKIPPED` is one of [`SKIPS`]; `outcome` is one of [`OUTCOMES`].
+//! `out`; `reason` of `SKIPPED` is one of [`SKIPS`]; `outcome` is one of [`Written`]'s labels.
 
-use crate::OUTCOMES;
+use crate::Written;
 use cacheclip_rpc::v1::{MissReason, Tier};
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
@@ -48,7 +48,7 @@ pub fn describe() {
     counter!(VERIFY_FAILURES, "where" => "wire").increment(0);
     counter!(RETRIES).increment(0);
     SKIPS.iter().for_each(|&reason| counter!(SKIPPED, "reason" => reason).increment(0));
-    OUTCOMES.iter().for_each(|&outcome| counter!(MOVES, "outcome" => outcome).increment(0));
+    Written::ALL.iter().for_each(|it| counter!(MOVES, "outcome" => it.label()).increment(0));
 }
 
 /// Counts chunks whose load was given up because it took too long.
@@ -99,6 +99,6 @@ pub(crate) fn stores(live: usize, known: usize) {
     gauge!(KNOWN).set(known as f64);
 }
 
-pub(crate) fn moved(outcome: &'static str) {
-    counter!(MOVES, "outcome" => outcome).increment(1);
+pub(crate) fn moved(outcome: Written) {
+    counter!(MOVES, "outcome" => outcome.label()).increment(1);
 }

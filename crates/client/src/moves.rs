@@ -5,7 +5,7 @@
 
 use crate::fleet::Fleet;
 use crate::node::Node;
-use crate::publisher::label;
+use crate::publisher::Written;
 use crate::since::Since;
 use crate::{Options, Terms, metrics};
 use cacheclip_chunk::{ChunkKey, Head, LayoutId};
@@ -48,7 +48,7 @@ impl Mover {
             while let Some(next) = inbox.recv().await {
                 let outcome = carry(&fleet, &options, &next).await;
                 metrics::moved(outcome);
-                tracing::debug!(key = %next.key, from = next.from.name(), outcome, "chunk copied to its keeper");
+                tracing::debug!(key = %next.key, from = next.from.name(), outcome = outcome.label(), "chunk copied to its keeper");
                 moving.lock().remove(&next.key);
             }
         });
@@ -60,27 +60,27 @@ impl Mover {
         let key = next.key;
         if self.waiting.lock().insert(key) && self.queue.try_send(next).is_err() {
             self.waiting.lock().remove(&key);
-            metrics::moved("dropped");
+            metrics::moved(Written::Dropped);
         }
     }
 }
 
-async fn carry(fleet: &Fleet, options: &Options, next: &Move) -> &'static str {
+async fn carry(fleet: &Fleet, options: &Options, next: &Move) -> Written {
     let Move { layout, key, bytes, tier, from, since } = next;
     // Who keeps it may have changed since it was queued.
-    let Some(keeper) = fleet.view().keeper(key).map(Arc::clone) else { return "failed" };
+    let Some(keeper) = fleet.view().keeper(key).map(Arc::clone) else { return Written::Failed };
     if keeper.name() == from.name() {
-        return "existed";
+        return Written::Existed;
     }
     let get = fleet.get(from, *layout, key, (*bytes, *tier), (options, since));
     let Ok(Ok(container)) = tokio::time::timeout(seconds(options.put_timeout_seconds), get).await else {
-        return "failed";
+        return Written::Failed;
     };
     // The keeper verifies every byte before it publishes; here it only matters that it is the chunk asked for.
-    let Ok(head) = Head::parse(&container) else { return "failed" };
+    let Ok(head) = Head::parse(&container) else { return Written::Failed };
     if head.key() != *key || head.layout() != *layout {
-        return "failed";
+        return Written::Failed;
     }
     let terms = Terms { hold: None, since: since.clone() };
-    label(&fleet.put(&keeper, &head, container, (options, &terms)).await)
+    Written::from(&fleet.put(&keeper, &head, container, (options, &terms)).await)
 }

@@ -36,7 +36,7 @@ pub(crate) struct Node {
     endpoint: String,
     at_home: bool,
     pub(crate) control: CacheClient<Channel>,
-    pub(crate) bulk: Bulk,
+    pub(crate) bulk: Channel,
     standing: watch::Sender<Standing>,
     slow: Mutex<Slow>,
     /// Its count of deletions as it was last heard; 0 before.
@@ -49,22 +49,6 @@ struct Slow {
     /// Calls in a row that it did not finish in time.
     times: u32,
     barred: Option<Instant>,
-}
-
-/// A connection for bulk: calls, and the channel itself for reads that copy nothing.
-#[derive(Clone, Debug)]
-pub(crate) struct Bulk {
-    pub(crate) calls: CacheClient<Channel>,
-    pub(crate) channel: Channel,
-}
-
-impl Bulk {
-    /// On a channel of its own to `endpoint`.
-    pub(crate) fn dial(endpoint: &str, options: &ConnectOptions) -> Result<Self, cacheclip_service::Error> {
-        let channel = connect(endpoint, options)?;
-        let calls = CacheClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
-        Ok(Self { calls, channel })
-    }
 }
 
 /// A client on a channel of its own to `endpoint`.
@@ -82,7 +66,7 @@ impl Node {
         endpoint: &str,
         at_home: bool,
         control: CacheClient<Channel>,
-        bulk: Bulk,
+        bulk: Channel,
     ) -> Self {
         let standing = watch::Sender::new(Standing::Lost);
         let seat = Seat::new(name);
@@ -188,7 +172,7 @@ mod tests {
     fn node() -> Node {
         let (endpoint, options) = ("http://127.0.0.1:9", ConnectOptions::default());
         let control = dial(endpoint, &options).expect("a sound endpoint");
-        let bulk = Bulk::dial(endpoint, &options).expect("a sound endpoint");
+        let bulk = connect(endpoint, &options).expect("a sound endpoint");
         Node::new("store", endpoint, true, control, bulk)
     }
 

@@ -5,8 +5,57 @@ use bytes::Bytes;
 use cacheclip_chunk::{ChunkKey, FormatError};
 use tokio::sync::{mpsc, oneshot};
 
-/// What may become of a chunk that is offered to the stores, as metrics say it.
-pub const OUTCOMES: [&str; 6] = ["stored", "existed", "no_room", "deleted", "dropped", "failed"];
+/// What became of a chunk that was offered to the stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// A store has it now.
+    Stored,
+    /// A store had it already, and has recorded its claim.
+    Existed,
+    /// The store has no room for it.
+    NoRoom,
+    /// It was deleted since its computing began.
+    Deleted,
+    /// It never came to a store: the queue was full, or the process ends.
+    Dropped,
+    /// It could not be encoded, or the store refused it or could not be reached.
+    Failed,
+}
+
+impl Written {
+    /// All there are.
+    pub const ALL: [Self; 6] =
+        [Self::Stored, Self::Existed, Self::NoRoom, Self::Deleted, Self::Dropped, Self::Failed];
+
+    /// As metrics say it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Stored => "stored",
+            Self::Existed => "existed",
+            Self::NoRoom => "no_room",
+            Self::Deleted => "deleted",
+            Self::Dropped => "dropped",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// Whether no store has recorded the claim that came with it.
+    pub fn is_unclaimed(self) -> bool {
+        matches!(self, Self::NoRoom | Self::Dropped | Self::Failed)
+    }
+}
+
+impl From<&Result<Outcome, Error>> for Written {
+    fn from(put: &Result<Outcome, Error>) -> Self {
+        match put {
+            Ok(Outcome::Stored) => Self::Stored,
+            Ok(Outcome::Existed) => Self::Existed,
+            Ok(Outcome::Deleted) => Self::Deleted,
+            Ok(_) => Self::NoRoom,
+            Err(_) => Self::Failed,
+        }
+    }
+}
 
 /// Makes a container; called off the async threads, when its turn has come.
 type Encode = Box<dyn FnOnce() -> Result<Bytes, FormatError> + Send>;
@@ -15,19 +64,19 @@ struct Write {
     key: ChunkKey,
     terms: Terms,
     encode: Encode,
-    done: Option<oneshot::Sender<&'static str>>,
+    done: Option<oneshot::Sender<Written>>,
 }
 
 /// Handle to the publishing task, which ends with the last of them. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Publisher {
     queue: mpsc::Sender<Write>,
-    count: fn(&'static str),
+    count: fn(Written),
 }
 
 impl Publisher {
-    /// Starts the task; at most `queue` chunks wait. `count` is told one of [`OUTCOMES`] for each.
-    pub fn start(stores: StoreClient, queue: usize, count: fn(&'static str)) -> Self {
+    /// Starts the task; at most `queue` chunks wait. `count` is told what becomes of each.
+    pub fn start(stores: StoreClient, queue: usize, count: fn(Written)) -> Self {
         let (sender, mut inbox) = mpsc::channel::<Write>(queue.max(1));
         tokio::spawn(async move {
             while let Some(Write { key, terms, encode, done }) = inbox.recv().await {
@@ -51,53 +100,42 @@ impl Publisher {
         encode: impl FnOnce() -> Result<Bytes, FormatError> + Send + 'static,
     ) {
         if self.queue.try_send(Write { key, terms, encode: Box::new(encode), done: None }).is_err() {
-            (self.count)("dropped");
+            (self.count)(Written::Dropped);
         }
     }
 
-    /// Publishes a chunk and waits until the store has answered: one of [`OUTCOMES`]. The caller brings the deadline.
+    /// Publishes a chunk and waits until the store has answered. The caller brings the deadline.
     pub async fn write(
         &self,
         key: ChunkKey,
         terms: Terms,
         encode: impl FnOnce() -> Result<Bytes, FormatError> + Send + 'static,
-    ) -> &'static str {
+    ) -> Written {
         let (done, answered) = oneshot::channel();
         let write = Write { key, terms, encode: Box::new(encode), done: Some(done) };
         match self.queue.send(write).await {
             // An error means that the task ended with the process.
-            Ok(()) => answered.await.unwrap_or("dropped"),
-            Err(_) => "dropped",
+            Ok(()) => answered.await.unwrap_or(Written::Dropped),
+            Err(_) => Written::Dropped,
         }
     }
 }
 
-async fn publish(stores: &StoreClient, key: ChunkKey, terms: &Terms, encode: Encode) -> &'static str {
+async fn publish(stores: &StoreClient, key: ChunkKey, terms: &Terms, encode: Encode) -> Written {
     let container = match tokio::task::spawn_blocking(encode).await {
         Ok(Ok(container)) => container,
         Ok(Err(error)) => {
             tracing::error!(%key, %error, "a chunk could not be encoded");
-            return "failed";
+            return Written::Failed;
         }
         Err(error) => {
             tracing::error!(%key, %error, "encoding panicked");
-            return "failed";
+            return Written::Failed;
         }
     };
     let put = stores.put_on(container, terms).await;
     if let Err(error) = &put {
         tracing::warn!(%key, %error, "a chunk was not stored");
     }
-    label(&put)
-}
-
-/// A put's end, as metrics say it.
-pub(crate) fn label(put: &Result<Outcome, Error>) -> &'static str {
-    match put {
-        Ok(Outcome::Stored) => "stored",
-        Ok(Outcome::Existed) => "existed",
-        Ok(Outcome::Deleted) => "deleted",
-        Ok(_) => "no_room",
-        Err(_) => "failed",
-    }
+    Written::from(&put)
 }

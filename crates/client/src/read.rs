@@ -181,7 +181,7 @@ impl<'a> Reader<'a> {
             end_layer: self.source.range.end,
         };
         asked.iter().for_each(|&at| self.readings[at].arrival.restart());
-        let channel = self.source.node.bulk.channel.clone();
+        let channel = self.source.node.bulk.clone();
         let call = stream::get_layers(channel, outgoing(Request::new(request)), MAX_MESSAGE);
         let mut frames = match self.wait(call).await {
             Ok(answer) => answer.into_inner(),

@@ -63,13 +63,13 @@ impl Since {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::{Bulk, dial};
-    use cacheclip_service::ConnectOptions;
+    use crate::node::dial;
+    use cacheclip_service::{ConnectOptions, connect};
 
     fn node(name: &str) -> Arc<Node> {
         let (endpoint, options) = ("http://127.0.0.1:9", ConnectOptions::default());
         let control = dial(endpoint, &options).expect("a sound endpoint");
-        let bulk = Bulk::dial(endpoint, &options).expect("a sound endpoint");
+        let bulk = connect(endpoint, &options).expect("a sound endpoint");
         Arc::new(Node::new(name, endpoint, true, control, bulk))
     }
 

@@ -8,6 +8,8 @@ use cacheclip_model::load::{Source, load};
 use cacheclip_model::pages::{Allocator, Sequence};
 use cacheclip_model::{Collect, Decoder, Device, Logits, Pass};
 use cacheclip_plan::Assembly;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Tokens of the anchor, which is the prefix of every prompt here.
@@ -38,19 +40,34 @@ pub struct Prompt {
     pub assembly: Assembly,
     /// Prefix and chunks, with their first positions.
     pub sections: Vec<(ChunkKv, usize)>,
+    /// Layers of the sections that count as here.
+    came: Arc<AtomicUsize>,
 }
 
 impl Prompt {
+    /// A prompt all of whose KV is here.
+    pub fn new(ids: Vec<u32>, assembly: Assembly, sections: Vec<(ChunkKv, usize)>) -> Self {
+        Self { ids, assembly, sections, came: Arc::new(usize::MAX.into()) }
+    }
+
     /// Bytes of the sections' KV.
     pub fn bytes(&self) -> usize {
         self.sections.iter().map(|(kv, _)| kv.bytes()).sum()
     }
 
-    /// The same whose KV has not come yet, for somebody to let arrive.
-    pub fn arriving(&self, layers: usize) -> Self {
-        let sections =
-            self.sections.iter().map(|(kv, start)| (ChunkKv::arriving(layers, kv.tokens()), *start));
-        Self { sections: sections.collect(), ..self.clone() }
+    /// The same as if its KV had not come yet, for somebody to let [`arrive`](Self::arrive).
+    pub fn arriving(&self) -> Self {
+        Self { came: Arc::default(), ..self.clone() }
+    }
+
+    /// The next layer of every section has come.
+    pub fn arrive(&self) {
+        self.came.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether a layer of every section is here.
+    fn has(&self, layer: usize) -> bool {
+        self.came.load(Ordering::Acquire) > layer
     }
 }
 
@@ -135,7 +152,7 @@ impl<D: Timed> Model<D> {
             ids.extend(own);
         }
         ids.extend(tokens(question, chunks + 1, vocab));
-        Ok(Prompt { ids, assembly, sections })
+        Ok(Prompt::new(ids, assembly, sections))
     }
 
     /// Position-free KV of `ids` behind `behind`.
@@ -185,7 +202,7 @@ impl<D: Timed> Model<D> {
         let mut placed = 0;
         let chosen = std::thread::scope(|scope| {
             let choosing = scope.spawn(choose);
-            while placed < layers && !choosing.is_finished() && come(prompt, placed) {
+            while placed < layers && !choosing.is_finished() && prompt.has(placed) {
                 self.place(prompt, table, placed)?;
                 placed += 1;
             }
@@ -276,14 +293,9 @@ impl<D: Timed> Model<D> {
     }
 }
 
-/// Whether a layer of every section is here.
-fn come(prompt: &Prompt, layer: usize) -> bool {
-    prompt.sections.iter().all(|(kv, _)| kv.layer(layer).is_some())
-}
-
 /// Waits until a layer of every section is here: somebody lets it arrive at a moment that is not far.
 fn wait_for(prompt: &Prompt, layer: usize) {
-    while !come(prompt, layer) {
+    while !prompt.has(layer) {
         std::hint::spin_loop();
     }
 }
@@ -294,9 +306,9 @@ fn place_sections<D: Device>(
     prompt: &Prompt,
     at: At<'_>,
 ) -> anyhow::Result<()> {
+    anyhow::ensure!(prompt.has(at.layer), "layer {} has not come", at.layer);
     let sections: Vec<_> =
-        prompt.sections.iter().map_while(|(kv, start)| Some((kv.layer(at.layer)?, *start))).collect();
-    anyhow::ensure!(sections.len() == prompt.sections.len(), "layer {} has not come", at.layer);
+        prompt.sections.iter().filter_map(|(kv, start)| Some((kv.layer(at.layer)?, *start))).collect();
     Ok(decoder.place_sections(pages, at, &sections)?)
 }
 
@@ -337,15 +349,9 @@ mod tests {
         let prompt = model.prompt(2, 32, 8).unwrap();
         let (resident, _) = model.reuse(&prompt, || Ok(Vec::new())).unwrap();
         let layers = model.shape().layers;
-        let on_its_way = prompt.arriving(layers);
+        let on_its_way = prompt.arriving();
         let (arrived, _) = std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for layer in 0..layers {
-                    for ((to, _), (from, _)) in on_its_way.sections.iter().zip(&prompt.sections) {
-                        to.arrive(layer, from.layer(layer).unwrap().clone());
-                    }
-                }
-            });
+            scope.spawn(|| (0..layers).for_each(|_| on_its_way.arrive()));
             model.reuse(&on_its_way, || Ok(Vec::new())).unwrap()
         });
         assert_eq!(arrived, resident);

@@ -1,6 +1,6 @@
 //! What the CUDA kernels compute, on a GPU, against the CPU kernels: the comparisons of `cuda_emulated.rs`.
 //!
-//! Where there is no driver this says so and is skipped, unless `CACHECLIP_NEED_GPU` is set. **It has not run on a GPU
+//! Where there is no driver this says so and is skipped, unless `NEED_GPU` is set. **It has not run on a GPU
 //! yet.**
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 #![allow(unsafe_code, reason = "launches of kernels")]
@@ -72,7 +72,7 @@ fn open(heads: Heads) -> Option<Device> {
             let stream = gpu.context().new_stream().unwrap();
             Some(Device { gpu, stream })
         }
-        Err(error @ DeviceError::NoDevice(_)) if std::env::var_os("CACHECLIP_NEED_GPU").is_none() => {
+        Err(error @ DeviceError::NoDevice(_)) if std::env::var_os("NEED_GPU").is_none() => {
             eprintln!("skipped: {error}");
             None
         }

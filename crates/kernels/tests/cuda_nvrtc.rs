@@ -1,7 +1,7 @@
 //! Every CUDA program, compiled by NVRTC for every kind of device, without a GPU.
 //!
 //! The toolkit is taken from `CUDA_HOME`, or from `target/cuda`, where `scripts/cuda-toolkit` puts it. Without one this says
-//! so and is skipped, unless `CACHECLIP_NEED_NVRTC` is set, as in CI. What was compiled once is not compiled again: the
+//! so and is skipped, unless `NEED_NVRTC` is set, as in CI. What was compiled once is not compiled again: the
 //! results are kept under a digest of text, options and compiler.
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 #![allow(unsafe_code, reason = "functions of NVRTC")]
@@ -49,7 +49,7 @@ fn open() -> Option<Nvrtc> {
         }
     }
     let why = last.map(|error| error.to_string()).unwrap_or_default();
-    assert!(std::env::var_os("CACHECLIP_NEED_NVRTC").is_none(), "{why}");
+    assert!(std::env::var_os("NEED_NVRTC").is_none(), "{why}");
     eprintln!(
         "skipped: {why}; scripts/cuda-toolkit installs one under target/cuda, and CUDA_HOME names another"
     );

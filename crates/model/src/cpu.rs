@@ -94,6 +94,10 @@ impl Device for Cpu {
         Ok(Matrix::new(Values::join(parts), outputs, inputs))
     }
 
+    fn matrix_bytes(&self, matrix: &Matrix) -> usize {
+        matrix.bytes()
+    }
+
     fn vector(&self, data: Vec<f32>) -> Result<Vec<f32>, Error> {
         Ok(data)
     }

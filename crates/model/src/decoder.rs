@@ -199,6 +199,17 @@ impl<D: Device> Decoder<D> {
         &self.device
     }
 
+    /// Bytes of its weight matrices on the device, a table that is used twice counted once.
+    pub fn weight_bytes(&self) -> usize {
+        let Weights { embedding, layers, head, .. } = &*self.weights;
+        let bytes = |matrix: &D::Matrix| self.device.matrix_bytes(matrix);
+        let layer = |it: &Layer<D>| {
+            [&it.qkv, &it.output, &it.gate_up, &it.down].into_iter().map(bytes).sum::<usize>()
+        };
+        let head = if Arc::ptr_eq(embedding, head) { 0 } else { bytes(head) };
+        bytes(embedding) + head + layers.iter().map(layer).sum::<usize>()
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &Config {
         &self.config
@@ -218,7 +229,7 @@ impl<D: Device> Decoder<D> {
         self.device.pages(&self.geometry(), count)
     }
 
-    /// Places a section's KV at positions `start..`, all layers, which must have come.
+    /// Places a section's KV at positions `start..`, all layers.
     ///
     /// # Errors
     /// A device fault.
@@ -232,7 +243,7 @@ impl<D: Device> Decoder<D> {
         self.device.place_layers(pages, table, kv, start, &self.rope)
     }
 
-    /// Places sections at their positions, all layers, which must have come.
+    /// Places sections at their positions, all layers.
     ///
     /// # Errors
     /// A device fault.

@@ -99,6 +99,8 @@ pub trait Device: Send + Sync + 'static {
     /// # Errors
     /// The device is out of memory.
     fn matrix(&self, parts: Vec<Values>, outputs: usize, inputs: usize) -> Result<Self::Matrix, Error>;
+    /// Bytes that a weight matrix takes, in the device's memory.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
     /// Uploads a weight vector.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ pub use cacheclip_kernels::cuda::pinned::{HostBytes, HostPool};
 
 use half::bf16;
 use std::borrow::Cow;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// One layer's keys and values: K `[kv_heads, tokens, head_dim]` before rotation, then V of the same shape.
 #[derive(Clone, Debug)]
@@ -140,48 +140,43 @@ impl LayerKv {
     }
 }
 
-/// KV of one section over all layers, which may arrive one by one; cheap to clone, clones share what arrives.
+/// KV of one section over all layers; cheap to clone, and so are its layers.
 #[derive(Clone, Debug)]
 pub struct ChunkKv {
-    layers: Arc<[OnceLock<LayerKv>]>,
+    layers: Arc<[Arc<LayerKv>]>,
     tokens: usize,
 }
 
 impl ChunkKv {
     /// Takes one entry per layer.
     pub fn new(layers: Vec<LayerKv>) -> Self {
+        Self::shared(layers.into_iter().map(Arc::new).collect())
+    }
+
+    /// Takes one entry per layer, of which others may have a share.
+    pub fn shared(layers: Vec<Arc<LayerKv>>) -> Self {
         let tokens = layers.first().map_or(0, |layer| layer.tokens);
-        Self { layers: layers.into_iter().map(OnceLock::from).collect(), tokens }
+        Self { layers: layers.into(), tokens }
     }
 
-    /// KV of `tokens` tokens whose layers are still on their way.
-    pub fn arriving(layers: usize, tokens: usize) -> Self {
-        Self { layers: (0..layers).map(|_| OnceLock::new()).collect(), tokens }
-    }
-
-    /// A layer has come; one that was here stays.
-    ///
-    /// # Panics
-    /// When there is no such layer or it has another number of tokens.
-    pub fn arrive(&self, layer: usize, kv: LayerKv) {
-        assert_eq!(kv.tokens, self.tokens, "a layer of another section");
-        // Both are the same section's: whichever came first will do.
-        let _ = self.layers[layer].set(kv);
-    }
-
-    /// A layer, if it has come.
+    /// A layer, if there is such a one.
     pub fn layer(&self, layer: usize) -> Option<&LayerKv> {
-        self.layers.get(layer)?.get()
+        self.layers.get(layer).map(|layer| &**layer)
     }
 
-    /// The layers that have come, in order up to the first that has not.
+    /// The layers, in order.
     pub fn layers(&self) -> impl Iterator<Item = &LayerKv> {
-        self.layers.iter().map_while(OnceLock::get)
+        self.layers.iter().map(|layer| &**layer)
     }
 
-    /// Whether all layers have come.
-    pub fn complete(&self) -> bool {
-        self.layers.iter().all(|layer| layer.get().is_some())
+    /// A share of each layer, in order.
+    pub fn shares(&self) -> impl Iterator<Item = Arc<LayerKv>> {
+        self.layers.iter().cloned()
+    }
+
+    /// Whether this is a clone, or has been cloned, and the other one still lives.
+    pub fn in_use(&self) -> bool {
+        Arc::strong_count(&self.layers) > 1
     }
 
     /// Tokens.
@@ -244,15 +239,14 @@ mod tests {
     }
 
     #[test]
-    fn layers_arrive_in_any_order_and_once() {
-        let layer = |value| LayerKv::new(vec![value; 4], 2);
-        let kv = ChunkKv::arriving(2, 2);
-        let seen = kv.clone();
-        kv.arrive(1, layer(1.0));
-        assert_eq!((seen.layers().count(), seen.layer(1), seen.complete()), (0, Some(&layer(1.0)), false));
-        kv.arrive(0, layer(0.0));
-        kv.arrive(1, layer(7.0));
-        assert!(seen.complete());
-        assert_eq!(seen.layers().map(|layer| layer.values()[0]).collect::<Vec<_>>(), [0.0, 1.0]);
+    fn kv_is_in_use_as_long_as_somebody_else_has_it() {
+        let kv = ChunkKv::new(vec![LayerKv::new(vec![1.0; 4], 2)]);
+        assert_eq!((kv.tokens(), kv.bytes(), kv.in_use()), (2, 16, false));
+        let reader = kv.clone();
+        assert!(kv.in_use() && reader.in_use());
+        // A share of a layer is no share of the whole.
+        let layers = reader.shares().collect();
+        drop(reader);
+        assert!(!kv.in_use() && !ChunkKv::shared(layers).in_use());
     }
 }

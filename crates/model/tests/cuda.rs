@@ -1,7 +1,7 @@
 //! The CUDA device: a whole decoder on the emulated machine of `crates/kernels/tests/cuda`, where every kernel is the
 //! device's text and two streams run as far apart as their events allow; and on a GPU, where there is one.
 //!
-//! Without a C++ compiler the first says so and is skipped, without a GPU the second, unless `CACHECLIP_NEED_GPU` is set.
+//! Without a C++ compiler the first says so and is skipped, without a GPU the second, unless `NEED_GPU` is set.
 //! **It has not run on a GPU yet.**
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
@@ -306,7 +306,7 @@ mod gpu {
         match Cuda::open(&source.config().unwrap(), &Options { libraries, kept, ..options() }) {
             Ok(device) => Some(load(source, device).unwrap().decoder),
             Err(Error::Device(DeviceError::NoDevice(why)))
-                if std::env::var_os("CACHECLIP_NEED_GPU").is_none() =>
+                if std::env::var_os("NEED_GPU").is_none() =>
             {
                 eprintln!("skipped: {why}");
                 None

@@ -6,18 +6,20 @@
 //! message's other bytes, and received as a slice of what the connection read. What goes over the wire is the same
 //! protobuf, and either end may be generated code.
 
-use crate::v1::{KvFrame, Segment, kv_frame};
+use crate::v1::{KvFrame, PutFrame, PutResponse, Segment, kv_frame, put_frame};
 use bytes::{Buf, BufMut as _, Bytes, BytesMut};
-use prost::Message as _;
+use prost::Message;
 use std::collections::VecDeque;
+use std::marker::PhantomData;
 use tonic::Status;
 
 /// gRPC's bytes before every message.
 const HEADER: usize = 5;
-/// Field numbers of what is large, in `KvFrame` and in `Segment`.
+/// Field numbers of what is large, in `KvFrame`, in `Segment` and in `PutFrame`.
 const SEGMENT: u8 = 3;
 const DATA: u8 = 6;
 const SEGMENT_DATA: u8 = 3;
+const PUT_DATA: u8 = 2;
 /// The wire type of fields with a length.
 const LENGTH_DELIMITED: u8 = 2;
 
@@ -34,26 +36,56 @@ fn header(length: usize) -> [u8; HEADER] {
     [0, a, b, c, d]
 }
 
-/// The message cut in two: everything before its KV, gRPC's own bytes included, and its KV, which ends it.
-pub(crate) fn cut(frame: KvFrame) -> (Bytes, Bytes) {
-    let KvFrame { frame: kind, .. } = frame;
-    let rest = KvFrame { frame: None, ..frame };
-    let (mut before, kv) = match kind {
-        Some(kv_frame::Frame::Segment(Segment { index, offset, data })) if !data.is_empty() => {
-            let mut inner = Segment { index, offset, data: Bytes::new() }.encode_to_vec();
-            begin(&mut inner, SEGMENT_DATA, data.len());
-            let mut before = rest.encode_to_vec();
-            begin(&mut before, SEGMENT, inner.len() + data.len());
-            before.extend(inner);
-            (before, data)
+/// A message that is sent in two pieces.
+pub(crate) trait Cut: Message + Default {
+    /// Everything before its KV, gRPC's own bytes included, and its KV, which ends it.
+    fn cut(self) -> (Bytes, Bytes);
+}
+
+impl Cut for KvFrame {
+    fn cut(self) -> (Bytes, Bytes) {
+        let Self { frame: kind, .. } = self;
+        let rest = Self { frame: None, ..self };
+        match kind {
+            Some(kv_frame::Frame::Segment(Segment { index, offset, data })) if !data.is_empty() => {
+                let mut inner = Segment { index, offset, data: Bytes::new() }.encode_to_vec();
+                begin(&mut inner, SEGMENT_DATA, data.len());
+                let mut before = rest.encode_to_vec();
+                begin(&mut before, SEGMENT, inner.len() + data.len());
+                before.extend(inner);
+                behind(before, data)
+            }
+            Some(kv_frame::Frame::Data(data)) if !data.is_empty() => {
+                let mut before = rest.encode_to_vec();
+                begin(&mut before, DATA, data.len());
+                behind(before, data)
+            }
+            kind => (framed(&Self { frame: kind, ..rest }), Bytes::new()),
         }
-        Some(kv_frame::Frame::Data(data)) if !data.is_empty() => {
-            let mut before = rest.encode_to_vec();
-            begin(&mut before, DATA, data.len());
-            (before, data)
+    }
+}
+
+impl Cut for PutFrame {
+    fn cut(self) -> (Bytes, Bytes) {
+        match self.frame {
+            Some(put_frame::Frame::Data(data)) if !data.is_empty() => {
+                let mut before = Vec::new();
+                begin(&mut before, PUT_DATA, data.len());
+                behind(before, data)
+            }
+            frame => (framed(&Self { frame }), Bytes::new()),
         }
-        kind => (KvFrame { frame: kind, ..rest }.encode_to_vec(), Bytes::new()),
-    };
+    }
+}
+
+impl Cut for PutResponse {
+    fn cut(self) -> (Bytes, Bytes) {
+        (framed(&self), Bytes::new())
+    }
+}
+
+/// KV behind what stands before it in its message.
+fn behind(mut before: Vec<u8>, kv: Bytes) -> (Bytes, Bytes) {
     before.splice(..0, header(before.len() + kv.len()));
     (before.into(), kv)
 }
@@ -69,22 +101,23 @@ fn begin(message: &mut Vec<u8>, field: u8, length: usize) {
     message.push(left as u8);
 }
 
-/// Makes frames of an answer's bytes, in whatever pieces these come.
+/// Makes messages of a stream's bytes, in whatever pieces these come.
 #[derive(Debug)]
-pub(crate) struct Reader {
+pub(crate) struct Reader<M> {
     pieces: Pieces,
     /// Length of the message that is coming, once its header has come.
     coming: Option<usize>,
     most: usize,
+    of: PhantomData<fn() -> M>,
 }
 
-impl Reader {
+impl<M: Message + Default> Reader<M> {
     /// Refuses messages of more than `most` bytes.
     pub(crate) fn new(most: usize) -> Self {
-        Self { pieces: Pieces::default(), coming: None, most }
+        Self { pieces: Pieces::default(), coming: None, most, of: PhantomData }
     }
 
-    /// More of the answer.
+    /// More of the stream.
     pub(crate) fn push(&mut self, piece: Bytes) {
         self.pieces.push(piece);
     }
@@ -94,14 +127,14 @@ impl Reader {
         self.coming.is_none() && !self.pieces.has_remaining()
     }
 
-    /// The next frame, if all of it has come.
-    pub(crate) fn next(&mut self) -> Result<Option<KvFrame>, Status> {
+    /// The next message, if all of it has come.
+    pub(crate) fn next(&mut self) -> Result<Option<M>, Status> {
         let length = match self.coming {
             Some(length) => length,
             None if self.pieces.remaining() < HEADER => return Ok(None),
             None => {
                 if self.pieces.get_u8() != 0 {
-                    return Err(Status::internal("the store sent a compressed message; none was asked for"));
+                    return Err(Status::internal("a message came compressed; none was asked for"));
                 }
                 let length = self.pieces.get_u32() as usize;
                 if length > self.most {
@@ -118,8 +151,8 @@ impl Reader {
             return Ok(None);
         }
         self.coming = None;
-        let frame = KvFrame::decode((&mut self.pieces).take(length));
-        frame.map(Some).map_err(|error| Status::internal(format!("the store sent no frame: {error}")))
+        let message = M::decode((&mut self.pieces).take(length));
+        message.map(Some).map_err(|error| Status::internal(format!("what came is no message: {error}")))
     }
 }
 
@@ -186,7 +219,7 @@ impl Buf for Pieces {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::v1::{MissReason, Tier};
+    use crate::v1::{MissReason, PutHead, Tier};
 
     fn frames() -> Vec<KvFrame> {
         let data = |length: usize| Bytes::from((0..length).map(|at| at as u8).collect::<Vec<u8>>());
@@ -211,13 +244,24 @@ mod tests {
     #[test]
     fn what_is_cut_is_the_message_that_generated_code_reads() {
         for frame in frames() {
-            let (before, kv) = cut(frame.clone());
-            let mut whole = BytesMut::from(&before[..]);
-            whole.extend_from_slice(&kv);
-            assert_eq!(whole[0], 0);
-            assert_eq!(whole.get_u32_at(1) as usize, whole.len() - HEADER);
-            assert_eq!(KvFrame::decode(&whole[HEADER..]).expect("protobuf"), frame);
+            assert_eq!(read_back(frame.clone()), frame);
         }
+        let head = PutHead { bytes: 300, ..PutHead::default() };
+        let puts = [put_frame::Frame::Head(head)]
+            .into_iter()
+            .chain([0, 1, 127, 128, 70_000].map(|length| put_frame::Frame::Data(vec![7; length].into())));
+        for frame in puts.map(|frame| PutFrame { frame: Some(frame) }) {
+            assert_eq!(read_back(frame.clone()), frame);
+        }
+    }
+
+    fn read_back<M: Cut>(message: M) -> M {
+        let (before, kv) = message.cut();
+        let mut whole = BytesMut::from(&before[..]);
+        whole.extend_from_slice(&kv);
+        assert_eq!(whole[0], 0);
+        assert_eq!(whole.get_u32_at(1) as usize, whole.len() - HEADER);
+        M::decode(&whole[HEADER..]).expect("protobuf")
     }
 
     trait At {
@@ -234,7 +278,7 @@ mod tests {
     fn frames_come_back_from_pieces_of_any_length() {
         let sent: Vec<u8> = frames().iter().flat_map(|frame| framed(frame).to_vec()).collect();
         for step in [1, 2, 5, 6, 1000, sent.len()] {
-            let (mut reader, mut came) = (Reader::new(1 << 20), Vec::new());
+            let (mut reader, mut came) = (Reader::<KvFrame>::new(1 << 20), Vec::new());
             for piece in sent.chunks(step) {
                 reader.push(Bytes::copy_from_slice(piece));
                 while let Some(frame) = reader.next().expect("sound bytes") {
@@ -248,8 +292,8 @@ mod tests {
     #[test]
     fn kv_that_came_in_one_piece_is_not_copied() {
         let frame = frames().swap_remove(8);
-        let (before, kv) = cut(frame);
-        let mut reader = Reader::new(1 << 20);
+        let (before, kv) = frame.cut();
+        let mut reader = Reader::<KvFrame>::new(1 << 20);
         reader.push(before);
         assert!(reader.next().expect("sound bytes").is_none() && !reader.is_empty());
         let place = kv.as_ptr();
@@ -262,7 +306,7 @@ mod tests {
     #[test]
     fn what_is_too_long_compressed_or_no_protobuf_is_refused() {
         let refused = |bytes: &'static [u8]| {
-            let mut reader = Reader::new(100);
+            let mut reader = Reader::<KvFrame>::new(100);
             reader.push(Bytes::from_static(bytes));
             reader.next().expect_err("refused").code()
         };

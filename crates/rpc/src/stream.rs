@@ -1,9 +1,10 @@
-//! Both ends of a stream of KV frames, which `frames` cuts and joins without copying KV.
+//! Both ends of a stream of KV, which `frames` cuts and joins without copying it.
 //!
 //! A server answers `Cache.Get` and `Cache.GetLayers` with [`answer`], a client asks with [`get`] and [`get_layers`].
+//! What a client sends with [`put`] a server takes by [`messages`] and answers with [`reply`].
 
-use crate::frames::{Reader, cut, framed};
-use crate::v1::{GetLayersRequest, GetRequest, KvFrame};
+use crate::frames::{Cut, Reader, framed};
+use crate::v1::{GetLayersRequest, GetRequest, KvFrame, PutFrame, PutResponse};
 use bytes::Bytes;
 use http_body::{Body as _, Frame};
 use http_body_util::Full;
@@ -15,7 +16,7 @@ use tonic::body::Body;
 use tonic::codec::Streaming;
 use tonic::codegen::http::header::{CONTENT_TYPE, HeaderMap, HeaderValue, TE};
 use tonic::codegen::http::{self, Method, Version};
-use tonic::codegen::tokio_stream::Stream;
+use tonic::codegen::tokio_stream::{self, Stream};
 use tonic::codegen::{BoxFuture, Service as _};
 use tonic::metadata::MetadataMap;
 use tonic::transport::Channel;
@@ -26,6 +27,8 @@ use tonic_prost::ProstDecoder;
 pub const GET: &str = "/cacheclip.v1.Cache/Get";
 /// Path of `Cache.GetLayers`.
 pub const GET_LAYERS: &str = "/cacheclip.v1.Cache/GetLayers";
+/// Path of `Cache.Put`.
+pub const PUT: &str = "/cacheclip.v1.Cache/Put";
 
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 
@@ -43,6 +46,11 @@ pub async fn read<M: prost::Message + Default + 'static>(
     Ok(Request::from_parts(MetadataMap::from_headers(parts.headers), parts.extensions, message))
 }
 
+/// The messages of a client's request, each of at most `most` bytes.
+pub fn messages<M: prost::Message + Default>(request: http::Request<Body>, most: usize) -> Messages<M> {
+    Messages { body: request.into_body(), reader: Reader::new(most), has_status: false, ended: false }
+}
+
 /// Runs a handler that streams frames, as a service's future.
 pub fn answer<S>(
     handler: impl Future<Output = Result<Response<S>, Status>> + Send + 'static,
@@ -50,30 +58,53 @@ pub fn answer<S>(
 where
     S: Stream<Item = Result<KvFrame, Status>> + Unpin + Send + 'static,
 {
+    Box::pin(async move { Ok(response(handler.await)) })
+}
+
+/// Runs a handler that ends with one message, as a service's future.
+pub fn reply(
+    handler: impl Future<Output = Result<Response<PutResponse>, Status>> + Send + 'static,
+) -> BoxFuture<http::Response<Body>, Infallible> {
     Box::pin(async move {
-        Ok(match handler.await {
-            Ok(answer) => {
-                let (metadata, frames, extensions) = answer.into_parts();
-                let mut response = http::Response::new(Body::new(Answer { frames, kv: None, ended: false }));
-                *response.headers_mut() = metadata.into_headers();
-                *response.extensions_mut() = extensions;
-                response.headers_mut().insert(CONTENT_TYPE, GRPC);
-                response
-            }
-            Err(status) => status.into_http(),
-        })
+        let answer = handler.await;
+        Ok(response(answer.map(|answer| answer.map(|message| tokio_stream::once(Ok(message))))))
     })
 }
 
-/// Each frame as two pieces, then the status.
-struct Answer<S> {
-    frames: S,
-    /// The second piece of the frame whose first one was sent.
+fn response<S, M>(answer: Result<Response<S>, Status>) -> http::Response<Body>
+where
+    S: Stream<Item = Result<M, Status>> + Unpin + Send + 'static,
+    M: Cut + 'static,
+{
+    match answer {
+        Ok(answer) => {
+            let (metadata, frames, extensions) = answer.into_parts();
+            let mut response = http::Response::new(Body::new(Outgoing::of(frames, true)));
+            *response.headers_mut() = metadata.into_headers();
+            *response.extensions_mut() = extensions;
+            response.headers_mut().insert(CONTENT_TYPE, GRPC);
+            response
+        }
+        Err(status) => status.into_http(),
+    }
+}
+
+/// Each message as two pieces, and behind the last one of an answer its status.
+struct Outgoing<S> {
+    messages: S,
+    /// The second piece of the message whose first one was sent.
     kv: Option<Bytes>,
+    has_status: bool,
     ended: bool,
 }
 
-impl<S: Stream<Item = Result<KvFrame, Status>> + Unpin> http_body::Body for Answer<S> {
+impl<S> Outgoing<S> {
+    fn of(messages: S, has_status: bool) -> Self {
+        Self { messages, kv: None, has_status, ended: false }
+    }
+}
+
+impl<S: Stream<Item = Result<M, Status>> + Unpin, M: Cut> http_body::Body for Outgoing<S> {
     type Data = Bytes;
     type Error = Status;
 
@@ -87,9 +118,9 @@ impl<S: Stream<Item = Result<KvFrame, Status>> + Unpin> http_body::Body for Answ
         if self.ended {
             return Poll::Ready(None);
         }
-        let status = match ready!(Pin::new(&mut self.frames).poll_next(cx)) {
-            Some(Ok(frame)) => {
-                let (before, kv) = cut(frame);
+        let status = match ready!(Pin::new(&mut self.messages).poll_next(cx)) {
+            Some(Ok(message)) => {
+                let (before, kv) = message.cut();
                 self.kv = (!kv.is_empty()).then_some(kv);
                 return Poll::Ready(Some(Ok(Frame::data(before))));
             }
@@ -97,6 +128,9 @@ impl<S: Stream<Item = Result<KvFrame, Status>> + Unpin> http_body::Body for Answ
             None => Status::ok(""),
         };
         self.ended = true;
+        if !self.has_status {
+            return Poll::Ready(None);
+        }
         let mut trailers = HeaderMap::new();
         Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))))
     }
@@ -115,7 +149,7 @@ pub async fn get(
     request: Request<GetRequest>,
     most: usize,
 ) -> Result<Response<Frames>, Status> {
-    ask(channel, GET, request, most).await
+    ask(channel, GET, request.map(|message| Body::new(Full::new(framed(&message)))), most).await
 }
 
 /// Asks for layers; frames of more than `most` bytes are refused.
@@ -127,17 +161,37 @@ pub async fn get_layers(
     request: Request<GetLayersRequest>,
     most: usize,
 ) -> Result<Response<Frames>, Status> {
-    ask(channel, GET_LAYERS, request, most).await
+    ask(channel, GET_LAYERS, request.map(|message| Body::new(Full::new(framed(&message)))), most).await
 }
 
-async fn ask<M: prost::Message>(
+/// Sends a container's frames; an answer of more than `most` bytes is refused.
+///
+/// # Errors
+/// The server's status, or why it cannot be reached.
+pub async fn put(
+    channel: Channel,
+    request: Request<impl Iterator<Item = PutFrame> + Send + 'static>,
+    most: usize,
+) -> Result<Response<PutResponse>, Status> {
+    let request = request.map(|frames| Body::new(Outgoing::of(tokio_stream::iter(sound(frames)), false)));
+    let answer = ask::<PutResponse>(channel, PUT, request, most).await?;
+    let (metadata, mut messages, extensions) = answer.into_parts();
+    let message = messages.message().await?.ok_or_else(|| Status::internal("the answer has no message"))?;
+    Ok(Response::from_parts(metadata, message, extensions))
+}
+
+fn sound<M>(messages: impl Iterator<Item = M>) -> impl Iterator<Item = Result<M, Status>> {
+    messages.map(Ok)
+}
+
+async fn ask<M: prost::Message + Default>(
     mut channel: Channel,
     path: &'static str,
-    request: Request<M>,
+    request: Request<Body>,
     most: usize,
-) -> Result<Response<Frames>, Status> {
-    let (metadata, extensions, message) = request.into_parts();
-    let mut request = http::Request::new(Body::new(Full::new(framed(&message))));
+) -> Result<Response<Messages<M>>, Status> {
+    let (metadata, extensions, body) = request.into_parts();
+    let mut request = http::Request::new(body);
     *request.method_mut() = Method::POST;
     *request.version_mut() = Version::HTTP_2;
     *request.uri_mut() = http::Uri::from_static(path);
@@ -158,63 +212,78 @@ async fn ask<M: prost::Message>(
         None => false,
     };
     let (parts, body) = response.into_parts();
-    let frames = Frames { body, reader: Reader::new(most), ended };
-    Ok(Response::from_parts(MetadataMap::from_headers(parts.headers), frames, parts.extensions))
+    let messages = Messages { body, reader: Reader::new(most), has_status: true, ended };
+    Ok(Response::from_parts(MetadataMap::from_headers(parts.headers), messages, parts.extensions))
 }
 
-/// A server's frames as they come.
+/// The other end's messages as they come.
 #[derive(Debug)]
-pub struct Frames {
+pub struct Messages<M> {
     body: Body,
-    reader: Reader,
+    reader: Reader<M>,
+    /// An answer ends with a status, a request with its last message.
+    has_status: bool,
     ended: bool,
 }
 
-impl Frames {
-    /// The next frame; `None` after the last one. Dropping the future loses nothing.
+/// A server's frames as they come.
+pub type Frames = Messages<KvFrame>;
+
+impl<M: prost::Message + Default> Messages<M> {
+    /// The next message; `None` after the last one. Dropping the future loses nothing.
     ///
     /// # Errors
-    /// The status that the answer ended with, a connection that broke, bytes that are no frames.
-    pub async fn message(&mut self) -> Result<Option<KvFrame>, Status> {
+    /// The status that the answer ended with, a connection that broke, bytes that are no messages.
+    pub async fn message(&mut self) -> Result<Option<M>, Status> {
+        poll_fn(|cx| self.poll_message(cx)).await
+    }
+
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<M>, Status>> {
         loop {
-            if let Some(frame) = self.reader.next()? {
-                return Ok(Some(frame));
+            if let Some(message) = self.reader.next()? {
+                return Poll::Ready(Ok(Some(message)));
             }
             if self.ended {
-                return Ok(None);
+                return Poll::Ready(Ok(None));
             }
-            let body = &mut self.body;
-            match poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) => self.reader.push(data),
                     Err(frame) => self.end(frame.trailers_ref())?,
                 },
                 Some(Err(status)) => {
                     self.ended = true;
-                    return Err(status);
+                    return Poll::Ready(Err(status));
                 }
                 None => self.end(None)?,
             }
         }
     }
 
-    /// The answer is over: with which status?
+    /// The stream is over: with which status?
     fn end(&mut self, trailers: Option<&HeaderMap>) -> Result<(), Status> {
         self.ended = true;
         match trailers.and_then(Status::from_header_map) {
             Some(status) if status.code() != Code::Ok => Err(status),
-            Some(_) if self.reader.is_empty() => Ok(()),
-            Some(_) => Err(Status::internal("the answer ended within a message")),
-            None => Err(Status::unknown("the answer ended without a status")),
+            None if self.has_status => Err(Status::unknown("the answer ended without a status")),
+            _ if self.reader.is_empty() => Ok(()),
+            _ => Err(Status::internal("the stream ended within a message")),
         }
+    }
+}
+
+impl<M: prost::Message + Default> Stream for Messages<M> {
+    type Item = Result<M, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.poll_message(cx).map(Result::transpose)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::v1::kv_frame;
-    use tonic::codegen::tokio_stream;
+    use crate::v1::{PutHead, kv_frame, put_frame, put_response};
 
     fn frame(length: usize) -> KvFrame {
         KvFrame { frame: Some(kv_frame::Frame::Data(vec![7; length].into())), ..KvFrame::default() }
@@ -237,7 +306,7 @@ mod tests {
     }
 
     fn received(response: http::Response<Body>) -> Frames {
-        Frames { body: response.into_body(), reader: Reader::new(1 << 20), ended: false }
+        Messages { body: response.into_body(), reader: Reader::new(1 << 20), has_status: true, ended: false }
     }
 
     #[tokio::test]
@@ -288,10 +357,42 @@ mod tests {
         assert_eq!(super::read::<GetRequest>(long, 10).await.expect_err("too long").code(), Code::OutOfRange);
     }
 
+    #[tokio::test]
+    async fn a_request_of_many_messages_ends_with_its_last_one() {
+        let data = |length| put_frame::Frame::Data(vec![7; length].into());
+        let sent = [put_frame::Frame::Head(PutHead::default()), data(3), data(70_000)];
+        let sent = sent.map(|frame| PutFrame { frame: Some(frame) });
+        let body = |frames: Vec<PutFrame>| {
+            Body::new(Outgoing::of(tokio_stream::iter(sound(frames.into_iter())), false))
+        };
+        let mut came = messages::<PutFrame>(http::Request::new(body(sent.to_vec())), 1 << 20);
+        for expected in sent {
+            assert_eq!(came.message().await.expect("sound"), Some(expected));
+        }
+        assert_eq!(came.message().await.expect("the end"), None);
+        let cut = framed(&PutFrame { frame: Some(data(10)) }).slice(..8);
+        let mut came = messages::<PutFrame>(http::Request::new(Body::new(Full::new(cut))), 1 << 20);
+        assert_eq!(came.message().await.expect_err("half of a message").code(), Code::Internal);
+    }
+
+    #[tokio::test]
+    async fn a_reply_is_what_generated_code_reads() {
+        let message =
+            PutResponse { outcome: put_response::Outcome::Existed.into(), ..PutResponse::default() };
+        let sent = message.clone();
+        let response = reply(async { Ok(Response::new(sent)) }).await.expect("answers always come");
+        let (parts, body) = response.into_parts();
+        let decoder = ProstDecoder::<PutResponse>::default();
+        let mut stream = Streaming::new_response(decoder, body, parts.status, None, None);
+        assert_eq!(stream.message().await.expect("sound"), Some(message));
+        assert_eq!(stream.message().await.expect("status OK"), None);
+    }
+
     #[test]
     fn paths_are_those_of_the_service() {
         struct Nobody;
         let name = <crate::v1::cache_server::CacheServer<Nobody> as tonic::server::NamedService>::NAME;
-        assert_eq!((GET, GET_LAYERS), (&*format!("/{name}/Get"), &*format!("/{name}/GetLayers")));
+        let expected = ["Get", "GetLayers", "Put"].map(|method| format!("/{name}/{method}"));
+        assert_eq!([GET, GET_LAYERS, PUT].map(str::to_owned), expected);
     }
 }

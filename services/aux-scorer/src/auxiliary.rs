@@ -1,5 +1,6 @@
 //! The auxiliary model: cached chunk KV, and the question run once over all of it.
 
+use crate::metrics;
 use cacheclip_chunk::ByteSpan;
 use cacheclip_model::kv::{ChunkKv, Export};
 use cacheclip_model::pages::{Allocator, Sequence};
@@ -9,6 +10,7 @@ use cacheclip_prompt::Composer;
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Rounds of closure: one per link that may stand between a question and its answer.
 const FOLLOW_ROUNDS: usize = 2;
@@ -68,11 +70,15 @@ pub struct Auxiliary {
     max_question: usize,
     /// One per concurrent request: pages for a whole context.
     workspaces: Mutex<Vec<Workspace>>,
+    /// Positions that were written to so far, of all workspaces.
+    positions: AtomicUsize,
 }
 
 struct Workspace {
     pages: <Cpu as Device>::Pages,
     sequence: Sequence,
+    /// Most positions that a request wrote to.
+    positions: usize,
 }
 
 impl std::fmt::Debug for Auxiliary {
@@ -92,6 +98,8 @@ impl Auxiliary {
         max_question: usize,
         concurrency: usize,
     ) -> Result<Self, Error> {
+        metrics::weights(decoder.weight_bytes());
+        metrics::pages_peak(0);
         let anchor = composer.anchor()?;
         let context = decoder.config().max_positions;
         let workspaces = (0..concurrency)
@@ -100,6 +108,7 @@ impl Auxiliary {
                 Ok(Workspace {
                     pages: decoder.pages(allocator.total())?,
                     sequence: allocator.sequence(context)?,
+                    positions: 0,
                 })
             })
             .collect::<Result<_, Error>>()?;
@@ -110,6 +119,7 @@ impl Auxiliary {
             prefixes: Cache::new(PREFIXES),
             max_question,
             workspaces: Mutex::new(workspaces),
+            positions: AtomicUsize::new(0),
         })
     }
 
@@ -213,7 +223,7 @@ impl Auxiliary {
         let follows = layers.len() > 1;
         let reduce = if layers.len() == 1 { Reduce::Mean } else { Reduce::Max };
         let mut probe = Probe::new(positions[0], end, layers, reduce, reduce);
-        let scores = self.with_workspace(|workspace| {
+        let scores = self.with_workspace(end + question.len(), |workspace| {
             self.assemble(workspace, prefix, chunks, &starts)?;
             let table = workspace.sequence.table();
             let pass = Pass {
@@ -332,7 +342,7 @@ impl Auxiliary {
         }
         let positions: Vec<u32> = (0..all.len() as u32).collect();
         let mut export = Export::default();
-        self.with_workspace(|workspace| {
+        self.with_workspace(all.len(), |workspace| {
             let table = workspace.sequence.table();
             let pass = Pass {
                 logits: Logits::None,
@@ -344,8 +354,16 @@ impl Auxiliary {
         Ok(export.finish(behind.len(), self.decoder.config().head_dim))
     }
 
+    /// Bytes of one position's KV in pages.
+    fn position_bytes(&self) -> usize {
+        let config = self.decoder.config();
+        2 * config.layers * config.kv_heads * config.head_dim * size_of::<f32>()
+    }
+
+    /// Runs `work`, which writes to positions up to `positions`.
     fn with_workspace<T>(
         &self,
+        positions: usize,
         work: impl FnOnce(&mut Workspace) -> Result<T, cacheclip_model::Error>,
     ) -> Result<T, Error> {
         // The service admits as many requests as there are workspaces; a missing one is made up for here, so
@@ -358,9 +376,15 @@ impl Auxiliary {
                 Workspace {
                     pages: self.decoder.pages(allocator.total())?,
                     sequence: allocator.sequence(self.context())?,
+                    positions: 0,
                 }
             }
         };
+        if positions > workspace.positions {
+            let more = positions - std::mem::replace(&mut workspace.positions, positions);
+            let all = self.positions.fetch_add(more, Ordering::Relaxed) + more;
+            metrics::pages_peak(all * self.position_bytes());
+        }
         let result = work(&mut workspace);
         self.workspaces.lock().push(workspace);
         Ok(result?)

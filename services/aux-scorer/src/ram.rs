@@ -38,6 +38,7 @@ pub(crate) struct Ram {
 impl Ram {
     /// Keeps at most `bytes`.
     pub(crate) fn new(bytes: u64) -> Self {
+        metrics::cache(0);
         // The estimate sizes bookkeeping only: a quarter of a megabyte per chunk.
         let chunks = usize::try_from(bytes >> 18).unwrap_or(usize::MAX).clamp(64, 1 << 20);
         Self { chunks: Cache::with_weighter(chunks, bytes, ByBytes), deletions: RwLock::new(0) }

@@ -125,8 +125,7 @@ impl Stores {
                 .publisher
                 .write(self.identity.key(&digest), terms, move || identity.encode(&digest, &chunk));
             match timeout(STORED, writing).await {
-                Ok("no_room" | "failed" | "dropped") => unclaimed.push(digest),
-                Ok(_) => {}
+                Ok(written) => unclaimed.extend(written.is_unclaimed().then_some(digest)),
                 // Its claim goes with it.
                 Err(_) => tracing::warn!("stores are slow: auxiliary KV is stored behind its ingest"),
             }

@@ -4,7 +4,7 @@
 //! data_dir/lock                      held while a store uses the directory
 //! data_dir/index.redb                cache of the catalogue
 //! data_dir/journal.redb              claims, deletions and pins: truth, like the objects
-//! data_dir/objects/<2 hex>/<key>.kv  published containers
+//! data_dir/objects/<2 hex>/<key>.kv  published containers, on shelves that a start makes
 //! data_dir/temporary/<n>             being received; removed at start
 //! data_dir/quarantine/<key>.<n>      damaged containers, first to go when room is needed
 //! ```
@@ -89,6 +89,9 @@ impl Disk {
         }
         drop(disk.create().map_err(failed(&disk.temporary()))?);
         disk.sync_names().map_err(failed(root))?;
+        // No put has to make its shelf and wait for that to be durable.
+        let names = (0..=u8::MAX).map(|first| format!("{first:02x}"));
+        volume::create_folders_in(&root.join("objects"), names).map_err(failed(root))?;
         Ok(disk)
     }
 

@@ -24,6 +24,7 @@ use cacheclip_rpc::v1::{
 };
 use cacheclip_service::seconds;
 use futures::{StreamExt as _, stream};
+use put::Incoming;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -115,7 +116,12 @@ impl Service {
         key: ChunkKey,
         range: Range<u32>,
     ) -> Result<Opened, MissReason> {
-        let opened = self.blocking(move |core| core.open_object(layout, &key, &range)).await;
+        let found = self.core.find(layout, &key)?;
+        // Another thread is for waiting: handing over what is at hand takes longer than opening it.
+        if found.is_at_hand() {
+            return self.core.open_found(found, &range);
+        }
+        let opened = self.blocking(move |core| core.open_found(found, &range)).await;
         opened.unwrap_or(Err(MissReason::Unavailable))
     }
 
@@ -217,6 +223,23 @@ impl Service {
         }
         Some(())
     }
+
+    /// Takes a container in frames.
+    pub(crate) async fn put_frames(&self, frames: impl Incoming) -> Result<Response<PutResponse>, Status> {
+        let started = Instant::now();
+        let outcome = self.receive(frames).await;
+        let (label, answer) = match outcome {
+            Ok(Outcome::Stored(hash)) => ("stored", Ok((put_response::Outcome::Stored, Some(hash)))),
+            Ok(Outcome::Existed(hash)) => ("existed", Ok((put_response::Outcome::Existed, Some(hash)))),
+            Ok(Outcome::NoRoom) => ("no_room", Ok((put_response::Outcome::NoRoom, None))),
+            Ok(Outcome::Deleted) => ("deleted", Ok((put_response::Outcome::Deleted, None))),
+            Err(status) => ("failed", Err(status)),
+        };
+        metrics::put(label, started.elapsed().as_secs_f64());
+        let (outcome, hash) = answer?;
+        let container_hash = hash.map_or_else(Bytes::new, |hash| id_bytes(hash.as_bytes()));
+        Ok(Response::new(PutResponse { outcome: outcome.into(), container_hash }))
+    }
 }
 
 fn keys(fields: &[Bytes]) -> Result<Vec<ChunkKey>, Status> {
@@ -283,19 +306,7 @@ impl Cache for Service {
     }
 
     async fn put(&self, request: Request<Streaming<PutFrame>>) -> Result<Response<PutResponse>, Status> {
-        let started = Instant::now();
-        let outcome = self.receive(request.into_inner()).await;
-        let (label, answer) = match outcome {
-            Ok(Outcome::Stored(hash)) => ("stored", Ok((put_response::Outcome::Stored, Some(hash)))),
-            Ok(Outcome::Existed(hash)) => ("existed", Ok((put_response::Outcome::Existed, Some(hash)))),
-            Ok(Outcome::NoRoom) => ("no_room", Ok((put_response::Outcome::NoRoom, None))),
-            Ok(Outcome::Deleted) => ("deleted", Ok((put_response::Outcome::Deleted, None))),
-            Err(status) => ("failed", Err(status)),
-        };
-        metrics::put(label, started.elapsed().as_secs_f64());
-        let (outcome, hash) = answer?;
-        let container_hash = hash.map_or_else(Bytes::new, |hash| id_bytes(hash.as_bytes()));
-        Ok(Response::new(PutResponse { outcome: outcome.into(), container_hash }))
+        self.put_frames(request.into_inner()).await
     }
 
     async fn delete(&self, request: Request<DeleteRequest>) -> Result<Response<DeleteResponse>, Status> {

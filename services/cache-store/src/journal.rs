@@ -16,7 +16,7 @@ use redb::{
     Database, Durability, ReadTransaction, ReadableDatabase as _, ReadableTable as _, WriteTransaction,
 };
 use rows::{Due, Kind};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::path::Path;
@@ -171,16 +171,17 @@ impl Journal {
         begun: u64,
     ) -> io::Result<bool> {
         self.read(|transaction| {
-            let floor =
-                transaction.open_table(tables::NUMBERS)?.get(tables::FLOOR)?.map_or(0, |it| it.value());
-            let tombstone = transaction.open_table(tables::TOMBSTONES)?.get(key.as_bytes())?;
-            let tombstone = tombstone.map_or(0, |it| it.value().0);
             let deletion = match document {
                 Some(document) => tables::deleted(&transaction.open_table(tables::DELETIONS)?, document)?,
                 None => 0,
             };
-            Ok(floor.max(tombstone).max(deletion) > begun)
+            Ok(deletion > begun || !tables::deleted_since(transaction, &[*key], begun)?.is_empty())
         })
+    }
+
+    /// Which of these keys were deleted after generation `begun`.
+    pub(crate) fn deleted_since(&self, keys: &[ChunkKey], begun: u64) -> io::Result<HashSet<ChunkKey>> {
+        self.read(|transaction| tables::deleted_since(transaction, keys, begun))
     }
 
     /// What is true of a key at `now`.

@@ -19,6 +19,7 @@ mod flight;
 #[doc(hidden)]
 pub mod fuzz;
 mod grpc;
+mod held;
 pub mod index;
 mod inspect;
 mod journal;

@@ -22,7 +22,7 @@ pub struct Options {
     /// Most bytes of containers on disk, unfinished and quarantined ones included. Keep it below the volume's
     /// size: the index beside them needs some 200 bytes per container.
     pub disk_bytes: u64,
-    /// Most bytes of containers in RAM. Reads in flight hold up to `read_ahead` segments each beside it.
+    /// Most bytes of containers in RAM. What reads in flight hold counts: where that is more, nothing else is kept.
     pub ram_bytes: u64,
     /// Object storage behind the disk: `s3://NAME/PREFIX`, `file:///DIRECTORY` or, to try it, `memory:///`; absent: there
     /// is none. The node's objects are below its name there, and nobody else may change them.

@@ -3,7 +3,11 @@
 //! Scan-resistant by three queues (as in S3-FIFO): what is new waits in a small queue and leaves it unseen if
 //! nobody asks again; what was asked for again, or comes back soon after it left, goes to the main queue. A sweep
 //! over many chunks thus passes through the small queue and leaves the main one alone.
+//!
+//! The budget is for all segments in memory: what readers hold of objects that are not here takes room from those that
+//! are.
 
+use crate::held::Held;
 use crate::metrics;
 use bytes::Bytes;
 use cacheclip_chunk::{ChunkKey, ContainerHash, Head};
@@ -41,11 +45,11 @@ impl Resident {
         segments.all(|index| self.segments.get(index).is_some_and(|slot| slot.lock().is_some()))
     }
 
-    /// Lets go of the segments: a reader that is slow keeps its object, but not the bytes of one that left the tier.
-    fn empty(&self) {
-        for slot in &self.segments {
-            *slot.lock() = None;
-        }
+    /// Lets go of the segments: a reader that is slow keeps its object, but not the bytes of one that left the tier. How
+    /// many bytes that were.
+    fn empty(&self) -> u64 {
+        let bytes = |stored: Bytes| stored.len() as u64;
+        self.segments.iter().map(|slot| slot.lock().take().map_or(0, bytes)).sum()
     }
 
     /// What it is charged: its whole container, though segments come one by one.
@@ -72,6 +76,9 @@ pub(crate) struct Ram {
     used: u64,
     small_used: u64,
     capacity: u64,
+    held: Held,
+    /// Those of the bytes held that are here.
+    filled: u64,
 }
 
 impl Ram {
@@ -85,6 +92,8 @@ impl Ram {
             used: 0,
             small_used: 0,
             capacity,
+            held: Held::default(),
+            filled: 0,
         }
     }
 
@@ -105,22 +114,47 @@ impl Ram {
         self.peek(key).filter(|object| object.head.hash() == container)
     }
 
-    /// Keeps a segment's verified bytes if their object is here: others are not within the budget.
-    pub(crate) fn fill(&self, key: &ChunkKey, container: ContainerHash, index: usize, stored: Bytes) {
-        if let Some(slot) = self.peek_at(key, container).and_then(|object| object.segments.get(index)) {
-            *slot.lock() = Some(stored);
+    /// Where bytes of segments are counted as they are read.
+    pub(crate) fn held(&self) -> Held {
+        self.held.clone()
+    }
+
+    /// Keeps a segment's verified bytes if their object is here: others are the reader's alone.
+    pub(crate) fn fill(&mut self, key: &ChunkKey, container: ContainerHash, index: usize, stored: Bytes) {
+        let bytes = stored.len() as u64;
+        let slot = self.peek_at(key, container).and_then(|object| object.segments.get(index));
+        if slot.is_some_and(|slot| slot.lock().replace(stored).is_none()) {
+            self.filled += bytes;
+        }
+        self.make_room(0);
+    }
+
+    /// Bytes that readers hold of segments that are not here.
+    fn beside(&self) -> u64 {
+        self.held.bytes().saturating_sub(self.filled)
+    }
+
+    /// Evicts until so many bytes more are within the budget; whether they are.
+    fn make_room(&mut self, bytes: u64) -> bool {
+        loop {
+            if self.used + self.beside() + bytes <= self.capacity {
+                return true;
+            }
+            if self.entries.is_empty() {
+                return false;
+            }
+            self.evict();
         }
     }
 
-    /// Takes an object in, evicting others. Objects larger than the tier stay out.
+    /// Takes an object in, evicting others. Objects larger than the tier stay out, and others where readers hold too
+    /// much.
     pub(crate) fn insert(&mut self, object: Arc<Resident>) {
         let (key, bytes) = (object.head.key(), object.bytes());
         self.remove(&key);
-        if bytes > self.capacity {
+        // Nobody has to go for what finds no room all the same.
+        if self.beside() + bytes > self.capacity || !self.make_room(bytes) {
             return;
-        }
-        while self.used + bytes > self.capacity {
-            self.evict();
         }
         let in_main = self.known_ghosts.remove(&key);
         if in_main {
@@ -160,7 +194,7 @@ impl Ram {
     }
 
     fn forget(&mut self, entry: &Entry) {
-        entry.object.empty();
+        self.filled -= entry.object.empty();
         self.used -= entry.object.bytes();
         if !entry.in_main {
             self.small_used -= entry.object.bytes();
@@ -270,6 +304,30 @@ mod tests {
         assert_eq!(first.segment(0), None);
         ram.fill(&key, hash, 0, Bytes::from_static(b"x"));
         assert!(!first.has([0].into_iter()));
+    }
+
+    #[test]
+    fn what_readers_hold_takes_room_from_the_tier() {
+        let size = object(0).bytes();
+        let mut ram = Ram::new(size * 4);
+        let read = |ram: &mut Ram, n| {
+            let object = object(n);
+            ram.insert(Arc::clone(&object));
+            let stored = ram.held().count(Bytes::from(vec![0; size as usize]));
+            ram.fill(&object.head.key(), object.head.hash(), 0, stored.clone());
+            stored
+        };
+        let mut readers: Vec<Bytes> = (0..4).map(|n| read(&mut ram, n)).collect();
+        assert_eq!((ram.used(), ram.beside()), (4 * size, 0), "what is here counts once");
+        drop(readers.split_off(2));
+        readers.push(read(&mut ram, 4));
+        assert!(ram.used() + ram.beside() <= ram.capacity());
+        assert_eq!(ram.beside(), 2 * size, "two readers hold what has left the tier");
+        readers.extend((5..9).map(|n| read(&mut ram, n)));
+        assert_eq!(ram.used(), 0, "readers hold as much as the tier may keep");
+        drop(readers);
+        drop(read(&mut ram, 9));
+        assert_eq!((ram.used(), ram.beside()), (size, 0));
     }
 
     #[test]

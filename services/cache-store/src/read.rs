@@ -19,14 +19,27 @@ pub(crate) struct Opened {
     pub(crate) tier: Tier,
 }
 
+/// An object that the store has.
+#[derive(Debug)]
+pub(crate) struct Found {
+    key: ChunkKey,
+    record: Record,
+    /// The bucket alone has it.
+    remote: bool,
+    /// What the RAM tier has of it.
+    object: Option<Arc<Resident>>,
+}
+
+impl Found {
+    /// Whether nothing has to be read to open it.
+    pub(crate) fn is_at_hand(&self) -> bool {
+        !self.remote && self.object.is_some()
+    }
+}
+
 impl Core {
-    /// Opens an object for layers `range` (an end of 0 means all) and what comes with them. Blocking.
-    pub(crate) fn open_object(
-        &self,
-        layout: LayoutId,
-        key: &ChunkKey,
-        range: &Range<u32>,
-    ) -> Result<Opened, MissReason> {
+    /// Finds an object, which thereby counts as used.
+    pub(crate) fn find(&self, layout: LayoutId, key: &ChunkKey) -> Result<Found, MissReason> {
         metrics::requested();
         let (record, remote) = {
             let mut catalogue = self.catalogue.lock();
@@ -34,13 +47,20 @@ impl Core {
             catalogue.touch(key);
             (record, catalogue.on_disk(key).is_none())
         };
+        let object = self.ram.lock().get(key).filter(|object| object.head.hash() == record.hash);
+        Ok(Found { key: *key, record, remote, object })
+    }
+
+    /// Opens what was found for layers `range` (an end of 0 means all) and what comes with them. Blocking where it is
+    /// not at hand.
+    pub(crate) fn open_found(&self, found: Found, range: &Range<u32>) -> Result<Opened, MissReason> {
+        let Found { key, record, remote, object } = found;
         if remote {
-            self.promote(key, &record)?;
+            self.promote(&key, &record)?;
         }
-        let resident = self.ram.lock().get(key).filter(|object| object.head.hash() == record.hash);
-        let object = match resident {
+        let object = match object {
             Some(object) => object,
-            None => self.reads.heads.share((*key, record.hash), || self.read_head(key, &record))?,
+            None => self.reads.heads.share((key, record.hash), || self.read_head(&key, &record))?,
         };
         if range.end > object.head.shape().layers {
             return Err(MissReason::Layout);
@@ -53,6 +73,17 @@ impl Core {
         };
         metrics::hit(label);
         Ok(Opened { object, tier })
+    }
+
+    /// Finds an object and opens it.
+    #[cfg(test)]
+    pub(crate) fn open_object(
+        &self,
+        layout: LayoutId,
+        key: &ChunkKey,
+        range: &Range<u32>,
+    ) -> Result<Opened, MissReason> {
+        self.open_found(self.find(layout, key)?, range)
     }
 
     /// An object's head from disk, for the RAM tier if it has room.
@@ -87,7 +118,10 @@ impl Core {
         let (key, hash) = (head.key(), head.hash());
         let entry = head.segments().get(index).ok_or(MissReason::Corrupt)?;
         // Another reader may just have brought it, for an object that came to the tier after this one left it.
-        let brought = self.ram.lock().peek_at(&key, hash).and_then(|object| object.segment(index));
+        let (brought, held) = {
+            let ram = self.ram.lock();
+            (ram.peek_at(&key, hash).and_then(|object| object.segment(index)), ram.held())
+        };
         if let Some(stored) = brought {
             return Ok(stored);
         }
@@ -95,6 +129,7 @@ impl Core {
             let read = self.disk_part(&key, entry.offset, entry.stored_len as usize);
             read.and_then(|stored| check_segment(head, index, stored))
         })?;
+        let stored = held.count(stored);
         self.ram.lock().fill(&key, hash, index, stored.clone());
         Ok(stored)
     }

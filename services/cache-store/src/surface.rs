@@ -3,6 +3,7 @@
 
 use crate::grpc::Service;
 use cacheclip_rpc::stream;
+use cacheclip_rpc::v1::PutFrame;
 use cacheclip_rpc::v1::cache_server::{Cache, CacheServer};
 use std::convert::Infallible;
 use std::task::{Context, Poll};
@@ -50,6 +51,11 @@ impl tonic::codegen::Service<Request<Body>> for Surface {
             }
             stream::GET_LAYERS => {
                 stream::answer(async move { service.get_layers(stream::read(request, most).await?).await })
+            }
+            stream::PUT => {
+                stream::reply(
+                    async move { service.put_frames(stream::messages::<PutFrame>(request, most)).await },
+                )
             }
             _ => self.generated.call(request),
         }

@@ -13,9 +13,9 @@ use std::io::{self, Seek, SeekFrom, Write};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-/// Bytes after which the system is asked to begin writing them to the disk: the end of a large object then waits for
-/// its last bytes alone.
-const WRITE_BACK: u64 = 8 << 20;
+/// Bytes after which the system is asked to begin writing them to the disk: the end of an object then waits for its
+/// last bytes alone.
+const WRITE_BACK: u64 = 1 << 20;
 
 /// What a writer announced.
 #[derive(Clone, Copy, Debug)]
@@ -121,19 +121,18 @@ impl Core {
         let mut verifier = Verifier::new(announced);
         let (mut written, mut begun_to) = (0, 0);
         while let Some(frame) = next()? {
-            verifier.push(&frame)?;
+            verifier.expects(frame.len())?;
             let full = || self.free(announced.bytes);
             if !write_at(&mut temporary.file, written, &frame, full)? {
                 return Ok(None);
             }
             written += frame.len() as u64;
             if written - begun_to >= WRITE_BACK {
-                match temporary.file.write_back() {
-                    Err(error) if error.kind() == io::ErrorKind::StorageFull => return Ok(None),
-                    begun => begun?,
-                }
+                temporary.file.write_back(begun_to, written - begun_to);
                 begun_to = written;
             }
+            // Beside the disk, which is busy with them.
+            verifier.push(&frame)?;
         }
         let head = verifier.finish()?;
         match temporary.file.sync_all() {

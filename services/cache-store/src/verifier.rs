@@ -34,13 +34,19 @@ impl Verifier {
         Self { announced, head: None, index: 0, digest, held, at: 0 }
     }
 
-    /// Checks what comes next.
-    pub(crate) fn push(&mut self, frame: &[u8]) -> Result<(), Failed> {
-        let received = self.at + frame.len() as u64;
+    /// Whether so many bytes may come next.
+    pub(crate) fn expects(&self, more: usize) -> Result<(), Failed> {
+        let received = self.at + more as u64;
         if received > self.announced.bytes {
             let why = format!("{received} bytes came, {} were announced", self.announced.bytes);
             return Err(Failed::Invalid("data", why));
         }
+        Ok(())
+    }
+
+    /// Checks what comes next.
+    pub(crate) fn push(&mut self, frame: &[u8]) -> Result<(), Failed> {
+        self.expects(frame.len())?;
         let mut left = frame;
         while !left.is_empty() {
             let step = match self.head {

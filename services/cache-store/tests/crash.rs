@@ -8,6 +8,8 @@
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod common;
+#[path = "common/dice.rs"]
+mod dice;
 #[path = "index/process.rs"]
 #[allow(dead_code, reason = "others ask a process for more")]
 mod process;
@@ -21,6 +23,7 @@ use cacheclip_rpc::v1::{
     DeleteRequest, GetLayersRequest, GetRequest, MissReason, PutFrame, PutHead, kv_frame, put_frame,
 };
 use common::{Arrived, Calls, assemble, bytes_on_disk};
+use dice::Dice;
 use futures::StreamExt as _;
 use futures::future::join_all;
 use process::Process;
@@ -46,20 +49,6 @@ const KEPT: usize = 60;
 const FRAME: usize = 16 << 10;
 /// No call takes this long unless the store hangs.
 const DEADLINE: Duration = Duration::from_secs(60);
-
-/// SplitMix64.
-#[derive(Clone, Debug)]
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end.max(1)
-    }
-}
 
 fn key(n: u64) -> ChunkKey {
     let mut dice = Dice(n);

@@ -1,6 +1,7 @@
 //! Where the model is computed, and what keeps it from being computed there.
 
 use crate::engine::{self, Engine};
+use crate::metrics;
 use crate::options::{Options, Processor};
 use cacheclip_chunk::Dtype;
 use cacheclip_kernels::cuda::{DeviceError, Unsupported};
@@ -88,6 +89,7 @@ fn on<D: Device>(
     let certificate = certificate::certify(&loaded.decoder).map_err(failure)?;
     tracing::info!(%certificate, "instance certified");
     let (decoder, weights_digest) = (loaded.decoder, loaded.weights_digest);
+    metrics::weights(decoder.weight_bytes());
     let (dtype, host, config) = (decoder.device().dtype(), decoder.device().host(), decoder.config().clone());
     let pages = options.pages;
     let engine = Engine::start(decoder, tokenizer, options)?;

@@ -7,7 +7,7 @@ use crate::metrics;
 use crate::ram::{Mark, Ram, Set};
 use crate::report;
 use crate::request::{self, Limits, Request};
-use cacheclip_chunk::DocumentId;
+use cacheclip_chunk::{ChunkKey, DocumentId};
 use cacheclip_plan::{Policy, Rung, choose_rung};
 use cacheclip_rpc::convert;
 use cacheclip_rpc::status::{exhausted, invalid, unavailable};
@@ -15,6 +15,7 @@ use cacheclip_rpc::v1;
 use cacheclip_rpc::v1::worker_request::Request as Part;
 use cacheclip_service::request_id;
 use cacheclip_service::residency::{Announcer, Load};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -72,7 +73,12 @@ impl v1::worker_server::Worker for Service {
         let (events, stream) = mpsc::channel(request.max_tokens + 2);
         let shared = Arc::clone(shared);
         let work = async move {
-            if let Err(status) = shared.answer(request, inbound, received, &events).await {
+            let answered = tokio::select! {
+                // Who hangs up waits for nothing any more: what was on its way is let go of.
+                () = events.closed() => return,
+                answered = shared.answer(request, inbound, received, &events) => answered,
+            };
+            if let Err(status) = answered {
                 // The caller may be gone; then nobody needs the status.
                 let _ = events.send(Err(status)).await;
             }
@@ -168,8 +174,7 @@ impl Shared {
             tokio::join!(load, self.importance(&request, inbound, received));
         let (mut opened, owed) = opened.map_err(to_status)?;
         let (rung, set) = self.rung(&request, &opened.found, &arrived, mark)?;
-        let mut generation = self.generation(&request, &opened.found, rung, set, received);
-        generation.room = opened.room.take();
+        let generation = self.generation(&request, &mut opened.found, rung, set, received);
         let mut outcomes = self.engine.generate(generation, owed).map_err(to_status)?;
         // The engine takes layers as they come. What cannot be had at all ends the request.
         let mut relay = std::pin::pin!(async {
@@ -191,12 +196,7 @@ impl Shared {
             Ok(None)
         });
         let outcome = {
-            let mut complete = std::pin::pin!(async {
-                opened.complete().await?;
-                // The engine has its own.
-                opened.let_go();
-                Ok(())
-            });
+            let mut complete = std::pin::pin!(opened.complete());
             tokio::select! {
                 biased;
                 outcome = &mut relay => match outcome? {
@@ -225,7 +225,7 @@ impl Shared {
     async fn load(&self, request: &Request) -> Result<(Opened, Owed), engine::Error> {
         let (mut opened, owed) = self.loader.open(&request.wanted, &request.tenant, request.rows()).await?;
         if !self.pipeline {
-            opened.complete().await?;
+            opened.come().await?;
         }
         Ok((opened, owed))
     }
@@ -271,7 +271,7 @@ impl Shared {
         }
         let key = request.set_key();
         let cached = if arrived.set.is_none() { self.ram.set(&key) } else { None };
-        let ranked = found.iter().skip(1).all(|found| found.section.rank.is_some());
+        let ranked = found.iter().skip(1).all(|found| found.rank.is_some());
         let rung = choose_rung(&request.policy, arrived.set.is_some(), cached.is_some(), ranked);
         if let Some(set) = &arrived.set {
             let chunks = request.wanted.iter().map(|want| want.key).collect();
@@ -291,25 +291,19 @@ impl Shared {
     fn generation(
         &self,
         request: &Request,
-        found: &[Found],
+        found: &mut [Found],
         rung: Rung,
         set: Option<Set>,
         received: Instant,
     ) -> Generation {
-        let mut start = 0;
-        let mut placed = Vec::new();
-        for found in found {
-            let kv = found.section.kv.clone();
-            start += kv.tokens();
-            placed.push(Placed { start: start - kv.tokens(), kv });
-        }
+        let placed = placed(request, found);
         let ranks: Option<Vec<f32>> = found
             .iter()
             .skip(1)
-            .map(|found| found.section.rank.as_ref().map(|rank| rank.iter().map(|r| f32::from(*r) + 1.0)))
+            .map(|found| found.rank.as_ref().map(|rank| rank.iter().map(|r| f32::from(*r) + 1.0)))
             .collect::<Option<Vec<_>>>()
             .map(|ranks| ranks.into_iter().flatten().collect());
-        Generation {
+        let generation = Generation {
             ids: request.ids(),
             assembly: request.assembly.clone(),
             tenant: Tenant::clone(&request.tenant),
@@ -326,10 +320,14 @@ impl Shared {
             max_tokens: request.max_tokens,
             stop: request.stop.clone(),
             eos: self.eos.clone(),
-            room: None,
             received,
             queued: Instant::now(),
+        };
+        if generation.in_context() {
+            // Nobody will take it.
+            generation.placed.iter().for_each(|placed| placed.kv.discard());
         }
+        generation
     }
 
     fn done(
@@ -351,6 +349,24 @@ impl Shared {
         }
         report::done(request, found, rung, outcome, &stages)
     }
+}
+
+/// Each section once, with all its places; whoever places it has it from here on.
+fn placed(request: &Request, found: &mut [Found]) -> Vec<Placed> {
+    let (mut placed, mut start) = (Vec::<Placed>::new(), 0);
+    let mut known = HashMap::<ChunkKey, usize>::new();
+    for (want, found) in request.wanted.iter().zip(found) {
+        let kv = found.kv.take();
+        match known.get(&want.key) {
+            Some(&at) => placed[at].starts.push(start),
+            None => {
+                known.insert(want.key, placed.len());
+                placed.extend(kv.map(|kv| Placed { starts: vec![start], kv }));
+            }
+        }
+        start += want.ids.len();
+    }
+    placed
 }
 
 fn to_status(error: engine::Error) -> Status {

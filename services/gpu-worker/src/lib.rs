@@ -6,9 +6,11 @@
 //!   └── engine thread, layer by layer as KV comes: place → recompute + question; then decode in one batch
 //! ```
 
+mod budget;
 mod device;
 mod engine;
 mod grpc;
+mod incoming;
 mod layout;
 mod link;
 mod loader;

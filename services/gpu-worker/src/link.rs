@@ -38,7 +38,7 @@ impl Link {
         state.under_way += bytes;
         state.loads += 1;
         state.since.get_or_insert_with(Instant::now);
-        Flight { link: self.clone(), left: bytes }
+        Flight { link: self.clone(), left: bytes, rests: false }
     }
 
     /// What a further load would wait for and cost; `None` while that is not known, or not any more.
@@ -60,8 +60,8 @@ impl State {
         }
     }
 
-    fn ended(&mut self, left: u64, now: Instant) {
-        self.under_way = self.under_way.saturating_sub(left);
+    /// A load ended, or does not ask for anything at the moment.
+    fn paused(&mut self, now: Instant) {
         self.loads -= 1;
         if self.loads == 0 {
             if let Some(since) = self.since {
@@ -90,6 +90,8 @@ impl State {
 pub(crate) struct Flight {
     link: Link,
     left: u64,
+    /// Whether it asks for nothing at the moment.
+    rests: bool,
 }
 
 impl Flight {
@@ -99,11 +101,29 @@ impl Flight {
         self.left -= bytes;
         self.link.0.lock().came(bytes, Instant::now());
     }
+
+    /// It asks for nothing until it goes on: that time says nothing about the link.
+    pub(crate) fn rest(&mut self) {
+        if !std::mem::replace(&mut self.rests, true) {
+            self.link.0.lock().paused(Instant::now());
+        }
+    }
+
+    /// It asks for more.
+    pub(crate) fn go_on(&mut self) {
+        if std::mem::take(&mut self.rests) {
+            let mut state = self.link.0.lock();
+            state.loads += 1;
+            state.since.get_or_insert_with(Instant::now);
+        }
+    }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        self.link.0.lock().ended(self.left, Instant::now());
+        self.rest();
+        let mut state = self.link.0.lock();
+        state.under_way = state.under_way.saturating_sub(self.left);
     }
 }
 
@@ -127,11 +147,11 @@ mod tests {
         assert_eq!(state.bytes_per_second, Some(40.0 * MB as f64));
         assert_eq!(state.under_way, 20 * MB);
         state.came(15 * MB, after(start, 600));
-        state.ended(0, after(start, 650));
-        state.ended(5 * MB, after(start, 750));
+        state.paused(after(start, 650));
+        state.paused(after(start, 750));
         let want = 40.0 + NEW * (60.0 - 40.0);
         assert!((state.bytes_per_second.unwrap() / MB as f64 - want).abs() < 1e-6);
-        assert_eq!((state.under_way, state.since), (0, None), "what did not come is not under way");
+        assert_eq!((state.under_way, state.since), (5 * MB, None), "what rests is still to come");
     }
 
     #[test]
@@ -143,5 +163,23 @@ mod tests {
         flight.came(2 * MB);
         drop(flight);
         assert!(link.server().is_some_and(|server| server.backlog == 0.0));
+    }
+
+    #[test]
+    fn a_load_that_waits_for_its_own_request_is_no_slow_link() {
+        let link = Link::default();
+        let mut flight = link.begin(4 * MB);
+        flight.came(MB);
+        flight.rest();
+        let rate = link.0.lock().bytes_per_second.expect("measured when it rested");
+        assert_eq!(link.0.lock().since, None, "no clock runs");
+        let backlog = link.server().expect("known").backlog;
+        assert!((backlog - 3.0 * MB as f64 / rate).abs() < 1e-9, "the rest is still ahead of others");
+        flight.go_on();
+        assert!(link.0.lock().since.is_some());
+        flight.rest();
+        drop(flight);
+        let state = link.0.lock();
+        assert_eq!((state.under_way, state.loads, state.bytes_per_second), (0, 0, Some(rate)));
     }
 }

@@ -3,6 +3,7 @@
 //! A chunk's lookup has a `result` (hit, mismatch: another layout's, corrupt, timeout, miss: anything else) and a
 //! `reason`: that of a miss, `none` for a hit.
 
+use cacheclip_client::Written;
 use cacheclip_rpc::v1::MissReason;
 use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
@@ -14,6 +15,8 @@ const RECOMPUTED: &str = "cacheclip_recomputed_tokens_total";
 const REALISED: &str = "cacheclip_worker_realised_ratio";
 const PAGES_USED: &str = "cacheclip_worker_pages_used";
 const PAGES_TOTAL: &str = "cacheclip_worker_pages_capacity";
+const PAGES_PEAK: &str = "cacheclip_worker_pages_peak_bytes";
+const WEIGHTS: &str = "cacheclip_worker_weights_bytes";
 const WRITES: &str = "cacheclip_worker_writes_total";
 const SAVED: &str = "cacheclip_prefill_seconds_saved_total";
 const SHADOWED: &str = "cacheclip_blend_quality_shadow_total";
@@ -24,6 +27,8 @@ const RUNNING: &str = "vllm:num_requests_running";
 const USAGE: &str = "vllm:kv_cache_usage_perc";
 const CONFIG: &str = "vllm:cache_config_info";
 const RAM: &str = "cacheclip_worker_ram_used_bytes";
+const UNPLACED: &str = "cacheclip_worker_unplaced_bytes";
+const UNPLACED_MOST: &str = "cacheclip_worker_unplaced_peak_bytes";
 const FORGOTTEN: &str = "cacheclip_worker_forgotten_chunks_total";
 
 /// Registers descriptions and the zero values of series that may never move.
@@ -39,6 +44,12 @@ pub fn describe() {
     describe_histogram!(REALISED, "Recomputed share of the reused chunk rows");
     describe_gauge!(PAGES_USED, "KV pages held by running sequences");
     describe_gauge!(PAGES_TOTAL, "KV pages there are");
+    describe_gauge!(
+        PAGES_PEAK,
+        Unit::Bytes,
+        "KV in pages, the most so far: of running sequences, and of the chunk that is computed"
+    );
+    describe_gauge!(WEIGHTS, Unit::Bytes, "Weights of the model");
     describe_counter!(
         WRITES,
         "Chunks offered to the stores, by outcome: stored, existed, no_room, deleted (meanwhile), dropped, failed"
@@ -60,6 +71,12 @@ pub fn describe() {
     requests(0, 0);
     gauge!(USAGE).set(0.0);
     describe_gauge!(RAM, Unit::Bytes, "Decoded chunk KV in the worker's RAM");
+    describe_gauge!(
+        UNPLACED,
+        Unit::Bytes,
+        "Chunk KV that requests have asked for or hold and that is not placed in pages, at most load_bytes"
+    );
+    describe_gauge!(UNPLACED_MOST, Unit::Bytes, "The most that there has been of it");
     describe_counter!(FORGOTTEN, "Chunks that went from the worker's RAM because a document was deleted");
     counter!(FORGOTTEN).increment(0);
     for reason in ["selected", "miss", "fallback"] {
@@ -67,9 +84,7 @@ pub fn describe() {
     }
     lookups()
         .for_each(|(result, reason)| counter!(LOOKUPS, "result" => result, "reason" => reason).increment(0));
-    cacheclip_client::OUTCOMES
-        .iter()
-        .for_each(|&outcome| counter!(WRITES, "outcome" => outcome).increment(0));
+    Written::ALL.iter().for_each(|it| counter!(WRITES, "outcome" => it.label()).increment(0));
 }
 
 pub(crate) fn request(policy: &'static str, rung: String) {
@@ -123,12 +138,25 @@ pub(crate) fn pages(used: usize, total: usize) {
     gauge!(USAGE).set(used as f64 / total.max(1) as f64);
 }
 
-pub(crate) fn write(outcome: &'static str) {
-    counter!(WRITES, "outcome" => outcome).increment(1);
+pub(crate) fn pages_peak(bytes: u64) {
+    gauge!(PAGES_PEAK).set(bytes as f64);
+}
+
+pub(crate) fn weights(bytes: usize) {
+    gauge!(WEIGHTS).set(bytes as f64);
+}
+
+pub(crate) fn write(outcome: Written) {
+    counter!(WRITES, "outcome" => outcome.label()).increment(1);
 }
 
 pub(crate) fn ram(bytes: u64) {
     gauge!(RAM).set(bytes as f64);
+}
+
+pub(crate) fn unplaced(now: u64, most: u64) {
+    gauge!(UNPLACED).set(now as f64);
+    gauge!(UNPLACED_MOST).set(most as f64);
 }
 
 pub(crate) fn forgotten(chunks: usize) {

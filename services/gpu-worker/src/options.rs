@@ -104,22 +104,25 @@ pub struct Options {
     pub max_tokens: usize,
     /// Tokens generated when a request names no limit.
     pub default_answer_tokens: usize,
-    /// Jobs that may wait for the engine.
+    /// Jobs of each kind that may wait for the engine, and requests that may wait for room to load.
     pub queue: usize,
     /// Rows of prefill, through all layers, between two decoding steps: what running answers wait for at most where
     /// prompts are computed meanwhile.
     pub prefill_rows: usize,
     /// Longest wait for importance sets before the next rung of the ladder.
     pub importance_timeout_seconds: f64,
-    /// Longest wait for a chunk's layers before it is computed instead.
+    /// Longest wait for the stores' layers before what has not come is computed instead.
     pub load_timeout_seconds: f64,
     /// Bytes of chunk KV that requests may hold at a time between asking for it and its placement in pages, whether it
-    /// is on its way, computed, or shared with the RAM tier; further requests wait.
+    /// is on its way or computed; what the RAM tier holds for them counts there. Further requests wait, up to `queue` of
+    /// them. A request that is larger by itself passes through in pieces, as fast as its KV is placed; only what cannot be
+    /// cut (a layer of a chunk that is loaded, a chunk that is computed) may go beyond this bound, if it is larger.
     pub load_bytes: u64,
     /// Which of the chunks that the stores may have are loaded: `auto` (those that would be computed later),
     /// `always`, `never`.
     pub loading: Loading,
-    /// Compute a layer while the next one is loaded. Off: begin when everything has come.
+    /// Compute a layer while the next one is loaded. Off: begin when everything has come, but for requests larger than
+    /// `load_bytes`.
     pub pipeline: bool,
     /// Chunks that may wait to be written to the stores; one more is not stored.
     pub write_queue: usize,

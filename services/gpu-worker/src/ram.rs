@@ -12,8 +12,8 @@ use cacheclip_plan::Scored;
 use cacheclip_rpc::v1::{Tier, TierDeletion};
 use cacheclip_service::residency;
 use parking_lot::RwLock;
-use quick_cache::Weighter;
 use quick_cache::sync::Cache;
+use quick_cache::{DefaultHashBuilder, Lifecycle, Weighter};
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -51,6 +51,18 @@ impl Weighter<ChunkKey, Section> for ByBytes {
     }
 }
 
+/// What requests read is not evicted: as long as they hold it, it takes its room here and nowhere else.
+#[derive(Clone, Debug)]
+struct UntilPlaced;
+
+impl Lifecycle<ChunkKey, Section> for UntilPlaced {
+    type RequestState = ();
+
+    fn is_pinned(&self, _: &ChunkKey, section: &Section) -> bool {
+        section.kv.in_use()
+    }
+}
+
 /// How many deletions there had been.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Mark(u64);
@@ -61,7 +73,8 @@ pub(crate) struct Ram(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    sections: Cache<ChunkKey, Section, ByBytes>,
+    sections: Cache<ChunkKey, Section, ByBytes, DefaultHashBuilder, UntilPlaced>,
+    bytes: u64,
     /// With the chunks they are about.
     sets: Cache<[u8; 32], (Arc<[ChunkKey]>, Set)>,
     /// Written to while something is deleted, read while something is remembered.
@@ -71,10 +84,12 @@ struct Inner {
 impl Ram {
     /// Keeps at most `bytes` of KV.
     pub(crate) fn new(bytes: u64) -> Self {
+        crate::metrics::ram(0);
         // The estimate sizes bookkeeping only: a megabyte per section.
         let sections = usize::try_from(bytes >> 20).unwrap_or(usize::MAX).clamp(64, 1 << 20);
         Self(Arc::new(Inner {
-            sections: Cache::with_weighter(sections, bytes, ByBytes),
+            sections: Cache::with(sections, bytes, ByBytes, DefaultHashBuilder::default(), UntilPlaced),
+            bytes,
             sets: Cache::new(SETS),
             deletions: RwLock::new(0),
         }))
@@ -85,7 +100,12 @@ impl Ram {
         Mark(*self.0.deletions.read())
     }
 
-    /// A section, if it is here.
+    /// Whether a section of so many bytes of KV may be kept at all.
+    pub(crate) fn holds(&self, bytes: u64) -> bool {
+        bytes < self.0.bytes
+    }
+
+    /// A section, if it is here. It stays as long as its KV is in use.
     pub(crate) fn get(&self, key: &ChunkKey) -> Option<Section> {
         self.0.sections.get(key)
     }
@@ -151,6 +171,7 @@ impl Ram {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cacheclip_model::kv::LayerKv;
 
     fn key(n: u8) -> ChunkKey {
         ChunkKey::from_bytes([n; 32])
@@ -183,6 +204,33 @@ mod tests {
         assert!(here(&ram) == [2, 3] && ram.set(&[0; 32]).is_none());
         ram.insert(key(1), section(), ram.mark());
         assert_eq!(here(&ram), [1, 2, 3]);
+    }
+
+    #[test]
+    fn what_is_read_stays_and_what_is_not_makes_room() {
+        const BYTES: u64 = 1 << 20;
+        let section = || {
+            let layer = LayerKv::new(vec![0.0; 16 << 10], 1);
+            Section { kv: ChunkKv::new(vec![layer]), rank: None, container_bytes: 0 }
+        };
+        let ram = Ram::new(BYTES);
+        assert!(ram.holds(64 << 10) && !ram.holds(BYTES));
+        // Each is asked for often enough to take the place of one that is not.
+        let keep = |keys: std::ops::RangeInclusive<u8>| {
+            for n in keys {
+                ram.insert(key(n), section(), ram.mark());
+                (0..3).for_each(|_| drop(ram.get(&key(n))));
+            }
+        };
+        keep(1..=30);
+        let read: Vec<(u8, Section)> = (1..=30).filter_map(|n| Some((n, ram.get(&key(n))?))).collect();
+        let here = |n: &u8| ram.0.sections.peek(&key(*n)).is_some();
+        keep(31..=90);
+        assert!(read.len() > 4 && read.iter().all(|(n, _)| here(n)));
+        let were: Vec<u8> = read.iter().map(|(n, _)| *n).collect();
+        drop(read);
+        keep(91..=200);
+        assert!(!were.iter().all(here) && ram.0.sections.weight() <= BYTES);
     }
 
     #[test]

@@ -68,7 +68,7 @@ fn chunk(request: &Request, found: &[Found], rung: Rung, index: usize, rows: &[u
     let spans = rows[from..to].iter().map(|&row| want.spans[row as usize - range.start]);
     // A prompt computed in context uses nothing that was found: computed, and nothing was missed.
     let (tier, reason, bytes) = match found.get(index + 1).filter(|_| rung != Rung::FullPrefill) {
-        Some(found) => (found.tier, found.reason, found.section.container_bytes),
+        Some(found) => (found.tier, found.reason, found.container_bytes),
         None => (v1::Tier::Computed, Some(v1::MissReason::Unspecified), 0),
     };
     v1::ChunkReport {

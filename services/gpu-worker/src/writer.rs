@@ -5,7 +5,7 @@ use crate::layout::Layout;
 use crate::metrics;
 use bytes::Bytes;
 use cacheclip_chunk::{ByteSpan, ChunkKey, Codec, Parts, Rank, encode};
-use cacheclip_client::{Publisher, StoreClient, Terms};
+use cacheclip_client::{Publisher, StoreClient, Terms, Written};
 use cacheclip_model::layout::to_bytes;
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ impl Writer {
         terms: Terms,
         spans: Vec<ByteSpan>,
         canonical: Canonical,
-    ) -> &'static str {
+    ) -> Written {
         let (layout, codec) = (Arc::clone(&self.layout), self.codec);
         self.publisher.write(key, terms, move || container(&layout, codec, key, &spans, &canonical)).await
     }

@@ -6,7 +6,8 @@
 use super::bar;
 use super::bed::{self, Bed, QUESTION, Stand, ask};
 use super::fit::percentile;
-use super::measure::{Machine, Runs, peak_rss_bytes, reset_peak_rss, rss_bytes};
+use super::measure::{Machine, Runs, peak_rss_bytes, reported, reset_peak_rss, rss_bytes};
+use super::memory::Memory;
 use crate::demo::compare::request;
 use crate::text;
 use anyhow::Context as _;
@@ -83,6 +84,8 @@ struct Row {
     /// All processes, per generated token.
     cpu_seconds_per_token: Runs,
     peak_rss_bytes: u64,
+    /// Of the round with that peak.
+    memory: Option<Memory>,
     runs: usize,
 }
 
@@ -103,6 +106,7 @@ struct Join {
     /// Keys and values that the pages of all streams have room for: pages are reserved to an answer's longest end.
     kv_bytes: u64,
     peak_rss_bytes: u64,
+    memory: Option<Memory>,
 }
 
 /// Time between two tokens of one stream.
@@ -180,6 +184,7 @@ struct Round {
     gaps_ms: Vec<f64>,
     cpu_seconds: f64,
     peak_rss_bytes: u64,
+    memory: Option<Memory>,
 }
 
 async fn together(bed: &Bed, stand: &Stand, chunks: &[String], answer: u32) -> anyhow::Result<Round> {
@@ -203,6 +208,7 @@ async fn together(bed: &Bed, stand: &Stand, chunks: &[String], answer: u32) -> a
         ttft_ms: answers.iter().map(bed::Answer::ttft_ms).collect(),
         gaps_ms: answers.iter().flat_map(bed::Answer::gaps_ms).collect(),
         peak_rss_bytes: peak_rss_bytes(),
+        memory: bed.memory()?,
     })
 }
 
@@ -217,6 +223,7 @@ fn row(streams: usize, rounds: &[Round]) -> Row {
         gap_p99_ms: runs(&|round| percentile(&round.gaps_ms, 0.99)),
         cpu_seconds_per_token: runs(&|round| round.cpu_seconds / f64::from(round.generated)),
         peak_rss_bytes: rounds.iter().map(|round| round.peak_rss_bytes).max().unwrap_or(0),
+        memory: Memory::highest(rounds.iter().map(|round| round.memory)),
         runs: rounds.len(),
     }
 }
@@ -286,6 +293,18 @@ impl Running {
     }
 }
 
+/// Pages in use once they are no more than `pages`, and the milliseconds that took; `None`: not in time.
+async fn settled(pages: f64) -> anyhow::Result<(f64, Option<f64>)> {
+    let begun = Instant::now();
+    loop {
+        let (used, waited) = (pages_used()?, begun.elapsed());
+        if used <= pages || waited > FREED {
+            return Ok((used, (used <= pages).then_some(waited.as_secs_f64() * 1e3)));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 /// Lets a full prefill join streams that are being written, then hangs up on all of them.
 async fn join(
     arguments: &Arguments,
@@ -297,7 +316,8 @@ async fn join(
     let long = bed.texts((arguments.join_tokens / each).max(1), each, 1)?;
     let longest =
         (bed.config.max_positions.saturating_sub(2 * arguments.tokens).max(1)).min(ENDLESS as usize) as u32;
-    let pages_before = pages_used()?;
+    // An answer's last token is there a moment before its pages are free: they are not what these streams hold.
+    let pages_before = settled(0.0).await?.0;
     reset_peak_rss();
     let mut running = Running::start(stand, chunks, longest);
     // A stream's first gap may hold the prefill of another one: it does not count.
@@ -320,16 +340,9 @@ async fn join(
         }
     };
     let with = running.gaps();
-    let peak_rss_bytes = peak_rss_bytes();
-    let hung_up = Instant::now();
+    let (peak_rss_bytes, memory) = (peak_rss_bytes(), bed.memory()?);
     drop(running);
-    let freed = tokio::time::timeout(FREED, async {
-        while pages_used()? > pages_before {
-            tokio::time::sleep(POLL).await;
-        }
-        anyhow::Ok(hung_up.elapsed().as_secs_f64() * 1e3)
-    });
-    let freed_ms = freed.await.ok().transpose()?;
+    let (pages_after, freed_ms) = settled(pages_before).await?;
     Ok(Join {
         streams: chunks.len(),
         tokens: joined.usage().prompt_tokens,
@@ -338,10 +351,11 @@ async fn join(
         ttft_ms: joined.ttft_ms(),
         pages_before,
         pages_during,
-        pages_after: pages_used()?,
+        pages_after,
         freed_ms,
         kv_bytes: pages_during as u64 * page_bytes(&bed.config),
         peak_rss_bytes,
+        memory,
     })
 }
 
@@ -354,11 +368,7 @@ fn page_bytes(config: &Config) -> u64 {
 
 /// Pages that the worker says are in use; it shares this process.
 fn pages_used() -> anyhow::Result<f64> {
-    const NAME: &str = "cacheclip_worker_pages_used ";
-    let metrics = cacheclip_service::telemetry::render();
-    let value =
-        metrics.lines().find_map(|line| line.strip_prefix(NAME)).context("the worker counts no pages")?;
-    Ok(value.trim().parse()?)
+    reported("cacheclip_worker_pages_used")
 }
 
 impl Report {
@@ -378,6 +388,7 @@ impl Report {
                 row.gap_p99_ms.text(1),
                 row.cpu_seconds_per_token.text(3),
                 format!("{:.0}", row.peak_rss_bytes as f64 / 1e6),
+                Memory::cell(row.memory.as_ref()),
             ]
         };
         let header = [
@@ -389,6 +400,7 @@ impl Report {
             "p99 ms",
             "CPU s / token",
             "peak RSS MB",
+            "of promised",
         ];
         text::table(&header, &self.rows.iter().map(cells).collect::<Vec<_>>());
         let Some(join) = &self.join else { return };

@@ -2,6 +2,7 @@
 //! where one is asked for.
 
 use super::measure::{self, peak_rss_bytes, reset_peak_rss, use_threads};
+use super::memory::Memory;
 use super::process::{Store, free_port};
 use crate::ingest;
 use anyhow::Context as _;
@@ -15,6 +16,7 @@ use cacheclip_rpc::v1::generate_event::Event;
 use cacheclip_rpc::v1::{Done, Explain, GenerateRequest};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tonic::transport::Channel;
 
@@ -66,6 +68,8 @@ pub(crate) struct Bed {
     composer: Composer,
     /// As embedded fleets have them, but for the store.
     options: Options,
+    /// Fleets that were started.
+    fleets: AtomicUsize,
     _data: tempfile::TempDir,
 }
 
@@ -95,7 +99,8 @@ impl Bed {
             options.scorer.iter_mut().for_each(|scorer| scorer.random_shape = Some("aux-30m".into()));
         }
         let composer = Composer::from_dir(&options.gateway.model_dir)?;
-        Ok(Self { store, config, link, composer, options, _data: data })
+        let fleets = AtomicUsize::new(0);
+        Ok(Self { store, config, link, composer, options, fleets, _data: data })
     }
 
     /// The link's rate from now on, in millions of bytes per second; `None`: as fast as it goes.
@@ -109,6 +114,7 @@ impl Bed {
     pub(crate) async fn fleet(&self, tune: impl FnOnce(&mut Options)) -> anyhow::Result<Stand> {
         let mut options = self.options.clone();
         tune(&mut options);
+        self.fleets.fetch_add(1, Ordering::Relaxed);
         let fleet = Fleet::start(options).await?;
         let client =
             fleet.client().await?.max_decoding_message_size(MESSAGE).max_encoding_message_size(MESSAGE);
@@ -141,7 +147,14 @@ impl Bed {
         reset_peak_rss();
         let before = used();
         let answer = stand.ask(request).await?;
-        Ok(Cost { cpu_seconds: used() - before, peak_rss_bytes: peak_rss_bytes(), answer })
+        let cpu_seconds = used() - before;
+        Ok(Cost { cpu_seconds, peak_rss_bytes: peak_rss_bytes(), memory: self.memory()?, answer })
+    }
+
+    /// What this process took since its peak was last forgotten, beside what it may; `None` where several fleets share it:
+    /// their figures are one another's.
+    pub(crate) fn memory(&self) -> anyhow::Result<Option<Memory>> {
+        (self.fleets.load(Ordering::Relaxed) == 1).then(Memory::here).transpose()
     }
 }
 
@@ -280,4 +293,5 @@ pub(crate) struct Cost {
     pub(crate) cpu_seconds: f64,
     /// Of the process that all of them but the store share.
     pub(crate) peak_rss_bytes: u64,
+    pub(crate) memory: Option<Memory>,
 }

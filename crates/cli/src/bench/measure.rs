@@ -1,6 +1,7 @@
 //! Clocks and counters of this machine.
 
 use super::limits::Limits;
+use anyhow::Context as _;
 pub(crate) use cacheclip_bench::runs::Runs;
 use serde::Serialize;
 
@@ -54,6 +55,13 @@ pub(crate) fn cpu_seconds(process: &str) -> f64 {
     let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
     // Linux fixes the unit of these at a hundredth of a second.
     (ticks(11) + ticks(12)) / 100.0
+}
+
+/// A gauge of the services that share this process.
+pub(crate) fn reported(name: &str) -> anyhow::Result<f64> {
+    let metrics = cacheclip_service::telemetry::render();
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    Ok(value.with_context(|| format!("no service reports {name}"))?.trim().parse()?)
 }
 
 /// Forgets the peak so far; where the system does not allow that, later peaks include it.

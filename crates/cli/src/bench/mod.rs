@@ -10,6 +10,7 @@ mod fit;
 mod limits;
 mod load;
 mod measure;
+mod memory;
 mod peers;
 mod process;
 mod reuse;
@@ -17,6 +18,7 @@ mod scorer;
 mod speed;
 mod store;
 mod tuning;
+mod work;
 
 use anyhow::Context as _;
 use cacheclip_bench::plot::{Bars, Chart};

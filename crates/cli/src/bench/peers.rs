@@ -7,6 +7,7 @@ use super::alone::{self, Alone};
 use super::bar;
 use super::bed::Common;
 use super::measure::{Machine, Runs, peak_rss_bytes};
+use super::work::{End, operations};
 use crate::text;
 use anyhow::Context as _;
 use cacheclip_bench::peers::Peers;
@@ -143,18 +144,15 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
 /// How near our engine comes to what the machine can do.
 fn share(shape: &Config, machine: &Machine, row: &Row) -> f64 {
     let (tokens, rate) = (row.tokens as f64, row.tokens_per_second.median);
-    let table = (shape.vocab * shape.hidden) as f64;
-    let weights = shape.parameters() as f64 - if shape.tied { 1.0 } else { 2.0 } * table;
-    let kv_width = (shape.layers * shape.kv_heads * shape.head_dim) as f64;
     if row.op == "decode" {
         // bf16 weights, the output head among them; f32 keys and values.
-        let bytes = 2.0 * (weights + table) + 8.0 * kv_width * tokens;
+        let table = shape.vocab * shape.hidden;
+        let weights = shape.parameters() - if shape.tied { 0 } else { table };
+        let kv_width = (shape.layers * shape.kv_heads * shape.head_dim) as f64;
+        let bytes = 2.0 * weights as f64 + 8.0 * kv_width * tokens;
         return bytes * rate / machine.limits.read_bytes;
     }
-    let width = (shape.layers * shape.heads * shape.head_dim) as f64;
-    // Each token sees half of the prompt on average; scores and values are two products.
-    let flops = 2.0 * weights * tokens + 4.0 * width * tokens * (tokens + 1.0) / 2.0 + 2.0 * table;
-    flops / tokens * rate / machine.limits.flops
+    operations(shape, 0, row.tokens, End::Token) / tokens * rate / machine.limits.flops
 }
 
 /// All engines on one operation. The first round is thrown away: it loads and warms.

@@ -4,6 +4,7 @@ use anyhow::Context as _;
 use cacheclip_rpc::v1::cache_client::CacheClient;
 use cacheclip_rpc::v1::{StatRequest, StatResponse};
 use cacheclip_service::ConnectOptions;
+use std::io::{Read as _, Seek as _};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -51,19 +52,30 @@ impl Store {
         let program = std::env::current_exe()?.with_file_name("cacheclip-cache-store");
         let direct = format!("http://127.0.0.1:{port}");
         let own = [format!("service.listen=127.0.0.1:{port}"), format!("data_dir={}", data.display())];
-        let child = Command::new(&program)
+        let mut log = tempfile::tempfile()?;
+        let mut command = Command::new(&program);
+        command
             .args(own.iter().chain(settings).flat_map(|setting| ["--set", setting]))
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .with_context(|| {
-                format!("{}: build it with cargo build --release --workspace --bins", program.display())
-            })?;
+            .stderr(log.try_clone()?);
+        // What is measured is this configuration, not what the caller's environment would make of it.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with(cacheclip_service::config::ENV_PREFIX) {
+                command.env_remove(name);
+            }
+        }
+        let child = command.spawn().with_context(|| {
+            format!("{}: build it with cargo build --release --workspace --bins", program.display())
+        })?;
         let client = CacheClient::new(cacheclip_service::connect(&direct, &ConnectOptions::default())?);
         let mut store = Self { child, client, endpoint };
-        tokio::time::timeout(patience, store.answers())
-            .await
-            .context("the cache-store does not answer")??;
+        let answered = tokio::time::timeout(patience, store.answers()).await;
+        if let Err(error) = answered.context("the cache-store does not answer").and_then(|ended| ended) {
+            let mut says = String::new();
+            log.rewind()?;
+            log.read_to_string(&mut says)?;
+            return Err(error.context(format!("it says: {}", says.trim())));
+        }
         Ok(store)
     }
 

@@ -2,6 +2,7 @@
 
 use super::bed::{Bed, Cost, QUESTION, Stand};
 use super::measure::Runs;
+use super::memory::Memory;
 use crate::demo::compare::request;
 use cacheclip_rpc::v1::{Explain, GenerateRequest};
 use indicatif::ProgressBar;
@@ -68,6 +69,8 @@ pub(crate) struct Row {
     pub(crate) misses: BTreeMap<&'static str, u32>,
     /// Highest during a request of reuse: of all services but the store.
     pub(crate) peak_rss_bytes: u64,
+    /// Of the request with that peak; `None` where several fleets share the process.
+    pub(crate) memory: Option<Memory>,
     pub(crate) runs: usize,
 }
 
@@ -137,6 +140,7 @@ fn row(variant: Variant, ratio: f32, full: &[Cost], reused: &[Cost]) -> Row {
         misses: misses(&last),
         hits: last.chunks.iter().filter(|chunk| chunk.hit).count() as u32,
         peak_rss_bytes: reused.iter().map(|cost| cost.peak_rss_bytes).max().unwrap_or(0),
+        memory: Memory::highest(reused.iter().map(|cost| cost.memory)),
         runs: reused.len(),
     }
 }
@@ -170,6 +174,7 @@ impl Row {
             text(&self.speedup, 2),
             format!("{full_cpu} / {:.2}", self.cpu_seconds_reuse.median),
             format!("{:.0}", self.peak_rss_bytes as f64 / 1e6),
+            Memory::cell(self.memory.as_ref()),
         ]
     }
 }
@@ -181,7 +186,7 @@ pub(crate) fn variant(link_mb_per_s: Option<f64>, pipeline: bool) -> String {
     link.into_iter().chain(pipeline).collect::<Vec<_>>().join(", ")
 }
 
-pub(crate) const HEADER: [&str; 10] = [
+pub(crate) const HEADER: [&str; 11] = [
     "tokens",
     "ratio",
     "realised",
@@ -192,4 +197,5 @@ pub(crate) const HEADER: [&str; 10] = [
     "speed-up",
     "CPU s full / reuse",
     "peak RSS MB",
+    "of promised",
 ];

@@ -5,6 +5,7 @@ use super::alone::{self, Alone};
 use super::bar;
 use super::bed::Common;
 use super::measure::{Machine, Runs};
+use super::work::{End, operations};
 use crate::text;
 use cacheclip_model::config::Config;
 use cacheclip_model::weights::Values;
@@ -21,6 +22,7 @@ const PRODUCTS: Duration = Duration::from_millis(200);
 
 /// Arguments of `bench scorer`. The shape is that of the auxiliary model.
 #[derive(Debug, clap::Args)]
+#[command(mut_arg("shape", |shape| shape.default_value("aux-30m")))]
 pub(crate) struct Arguments {
     #[command(flatten)]
     common: Common,
@@ -112,7 +114,7 @@ fn measure(
     let (shape, all) = (decoder.config(), tokens + arguments.question);
     let mut alone = Alone::new(decoder, all)?;
     alone.pass(0..tokens, |pass| Pass { logits: Logits::None, ..pass })?;
-    let work = flops(shape, tokens, arguments.question);
+    let work = operations(shape, tokens, arguments.question, End::Look);
     let (mut ms, mut rates, mut plain, mut shares) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=arguments.runs {
         let product = products.rate()?;
@@ -138,20 +140,6 @@ fn measure(
         products_flops_per_second: Runs::of(plain),
         share_of_products: Runs::of(shares),
     })
-}
-
-/// Multiply-adds that the pass cannot do without, as two operations each: of the last layer only what shows where the
-/// question looks.
-fn flops(shape: &Config, tokens: usize, question: usize) -> f64 {
-    let (hidden, query) = (shape.hidden, shape.heads * shape.head_dim);
-    let qkv = hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-    let rest = query * hidden + 3 * hidden * shape.intermediate;
-    // A row sees all that is cached and half of the question on average.
-    let seen = tokens as f64 + (question as f64 + 1.0) / 2.0;
-    let layers = shape.layers as f64;
-    let weights = layers * qkv as f64 + (layers - 1.0) * rest as f64;
-    let attention = (2.0 * layers - 1.0) * query as f64 * seen;
-    2.0 * question as f64 * (weights + attention)
 }
 
 /// Products of many rows with one of the shape's matrices, as large as the gate and up projections together.

@@ -153,7 +153,7 @@ fn prompt<D: Timed>(
     let tail = composer.question(&question.text)?.ids;
     let assembly = Assembly::new(anchor.len(), &lengths, tail.len(), true);
     ids.extend(tail);
-    Ok(Prompt { ids, assembly, sections })
+    Ok(Prompt::new(ids, assembly, sections))
 }
 
 /// Greedy tokens from the first one's logits on, to the end token or the longest answer.

@@ -56,7 +56,7 @@ fn one(
 ) -> anyhow::Result<Row> {
     let mut command = Command::new(program);
     // A test that is skipped would pass for nothing.
-    command.args(["--exact", name, "--nocapture"]).env("CACHECLIP_NEED_GPU", "1");
+    command.args(["--exact", name, "--nocapture"]).env("NEED_GPU", "1");
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command.envs(libraries.map(|folder| ("CUDA_LIBRARIES", folder)));
     command.envs(kept.map(|folder| ("CUDA_KERNELS", folder)));

@@ -297,21 +297,17 @@ fn paced<D: crate::bed::Timed>(
     choose: impl FnOnce() -> anyhow::Result<Vec<u32>> + Send,
 ) -> anyhow::Result<f64> {
     let layers = model.shape().layers;
-    let arriving = prompt.arriving(layers);
-    // Copied before the clock runs.
-    let copies: Vec<Vec<_>> = (0..layers)
-        .map(|layer| prompt.sections.iter().filter_map(|(kv, _)| kv.layer(layer).cloned()).collect())
-        .collect();
+    let arriving = prompt.arriving();
     let spent = std::thread::scope(|scope| {
-        let (began, sections) = (Instant::now(), &arriving.sections);
+        let (began, arriving) = (Instant::now(), &arriving);
         scope.spawn(move || {
-            for (layer, copies) in copies.into_iter().enumerate() {
-                let due = took.mul_f64((layer + 1) as f64 / layers as f64);
+            for layer in 1..=layers {
+                let due = took.mul_f64(layer as f64 / layers as f64);
                 std::thread::sleep(due.saturating_sub(began.elapsed()));
-                sections.iter().zip(copies).for_each(|((kv, _), copy)| kv.arrive(layer, copy));
+                arriving.arrive();
             }
         });
-        model.reuse(&arriving, choose)
+        model.reuse(arriving, choose)
     })?;
     Ok(spent.1.all)
 }

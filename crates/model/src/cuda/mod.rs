@@ -263,6 +263,10 @@ impl Device for Cuda {
         Ok(weights)
     }
 
+    fn matrix_bytes(&self, matrix: &Weights) -> usize {
+        matrix.bytes()
+    }
+
     fn vector(&self, data: Vec<f32>) -> Result<Floats, Error> {
         Ok(self.executor.floats(&data)?)
     }

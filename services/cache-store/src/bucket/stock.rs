@@ -86,11 +86,13 @@ impl Core {
     fn compare(&self, listed: Vec<Listed>, begun: u64) -> io::Result<Vec<Listed>> {
         let keys: Vec<ChunkKey> = listed.iter().map(|it| it.key).collect();
         let (deleted, lives) = (self.journal.deleted_at(&keys)?, self.journal.lives(&keys, 0)?);
+        // What is deleted from now on leaves the catalogue, and `adopt` looks again.
+        let since = self.journal.deleted_since(&keys, begun)?;
         let (mut unknown, mut late) = (Vec::new(), Vec::new());
         for ((listed, deleted), life) in listed.into_iter().zip(deleted).zip(lives) {
             let (key, at) = (listed.key, listed.modified);
             // What is doomed is its deletion's to remove, and so is what was deleted since the listing began.
-            if self.doomed.lock().contains_key(&key) || self.journal.refuses(&key, None, begun)? {
+            if since.contains(&key) || self.doomed.lock().contains_key(&key) {
                 continue;
             }
             let mut catalogue = self.catalogue.lock();
@@ -128,12 +130,12 @@ impl Core {
         let mut damaged = Vec::new();
         {
             let _changes = self.changes.lock();
-            let lives = self.journal.lives(&keys, 0)?;
+            let (lives, since) = (self.journal.lives(&keys, 0)?, self.journal.deleted_since(&keys, begun)?);
             for ((listed, head), life) in found.into_iter().zip(lives) {
                 let (key, at) = (listed.key, listed.modified);
                 match head {
                     Ok(record) => {
-                        if self.doomed.lock().contains_key(&key) || self.journal.refuses(&key, None, begun)? {
+                        if since.contains(&key) || self.doomed.lock().contains_key(&key) {
                             continue;
                         }
                         let mut catalogue = self.catalogue.lock();

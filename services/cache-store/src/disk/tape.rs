@@ -5,6 +5,11 @@
 //! last sync may have changed or not, each on its own; a rename within one folder happens as a whole or not at all, one
 //! between two folders is two changes. A file without a name is gone, and so is what lies in a folder without one.
 
+#[path = "../../tests/common/dice.rs"]
+mod dice;
+
+pub(super) use dice::Dice;
+
 use super::volume::Change;
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -223,20 +228,6 @@ pub(super) enum Loss {
     Everything,
     /// This and that.
     Some(Dice),
-}
-
-/// SplitMix64: small, and the same everywhere.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Dice(pub(super) u64);
-
-impl Dice {
-    pub(super) fn below(&mut self, end: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % end
-    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

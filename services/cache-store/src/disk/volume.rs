@@ -7,10 +7,11 @@
 #[cfg(test)]
 use super::tape::{self, Track};
 use redb::{Database, DatabaseError};
+use rustix::fs::{Advice, fadvise};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
+use std::num::NonZeroU64;
 use std::path::Path;
-use std::thread::{Builder, JoinHandle};
 
 /// A change of names.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +77,22 @@ pub(crate) fn create_folders(path: &Path) -> io::Result<()> {
     sync_folder(above)
 }
 
+/// Makes those that are missing of the folders of these names, to outlive a power loss: all of them for one sync of the
+/// folder above them, which is there. A name that something else has stays with it.
+pub(crate) fn create_folders_in(above: &Path, names: impl Iterator<Item = String>) -> io::Result<()> {
+    let mut made = false;
+    for name in names {
+        match Change::CreateFolder(&above.join(name)).make() {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            new => {
+                new?;
+                made = true;
+            }
+        }
+    }
+    if made { sync_folder(above) } else { Ok(()) }
+}
+
 /// Opens a database, or begins one.
 pub(crate) fn database(path: &Path) -> Result<Database, DatabaseError> {
     let open = || Database::create(path);
@@ -88,8 +105,6 @@ pub(crate) fn database(path: &Path) -> Result<Database, DatabaseError> {
 #[derive(Debug)]
 pub(crate) struct File {
     file: fs::File,
-    /// Writes back what was written so far.
-    writing: Option<JoinHandle<io::Result<()>>>,
     #[cfg(test)]
     track: Track,
 }
@@ -103,36 +118,22 @@ impl File {
     fn open(path: &Path, options: &OpenOptions) -> io::Result<Self> {
         let open = || options.open(path);
         #[cfg(not(test))]
-        let opened = Self { file: open()?, writing: None };
+        let opened = Self { file: open()? };
         #[cfg(test)]
-        let opened = tape::create(path, open).map(|(file, track)| Self { file, writing: None, track })?;
+        let opened = tape::create(path, open).map(|(file, track)| Self { file, track })?;
         Ok(opened)
     }
 
-    /// Has the system begin to write to the disk what it holds of the file, beside what comes next, unless it is still
-    /// busy with that. Promises nothing: [`File::sync_all`] does, and tells what went wrong here.
-    pub(crate) fn write_back(&mut self) -> io::Result<()> {
-        if self.writing.as_ref().is_some_and(|writing| !writing.is_finished()) {
-            return Ok(());
-        }
-        self.written_back()?;
-        let file = self.file.try_clone()?;
-        self.writing = Some(Builder::new().name("write-back".into()).spawn(move || file.sync_data())?);
-        Ok(())
-    }
-
-    /// Waits for what was begun. The system tells of a failed write once: nobody else would hear of this one.
-    fn written_back(&mut self) -> io::Result<()> {
-        match self.writing.take().map(JoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(written)) => written,
-            Some(Err(_)) => Err(io::Error::other("writing back ended early")),
-        }
+    /// Has the system begin to write to the disk what it holds of these bytes, beside what comes next. Promises nothing:
+    /// [`File::sync_all`] does, and tells what went wrong here.
+    pub(crate) fn write_back(&self, offset: u64, len: u64) {
+        // That they will not be needed soon is what the system can be told of them. It writes what it has not written
+        // yet, and waits for none of it; a sync of each part would have the disk's cache flushed each time.
+        let _ = fadvise(&self.file, offset, NonZeroU64::new(len), Advice::DontNeed);
     }
 
     /// Makes the file's bytes outlive a power loss; its name is another matter ([`sync_folder`]).
     pub(crate) fn sync_all(&mut self) -> io::Result<()> {
-        self.written_back()?;
         let sync = || self.file.sync_all();
         #[cfg(test)]
         let sync = || self.track.sync(sync);

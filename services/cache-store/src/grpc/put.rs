@@ -6,16 +6,22 @@ use cacheclip_chunk::container::head::HEADER_LEN;
 use cacheclip_rpc::convert::id;
 use cacheclip_rpc::status::{invalid, unavailable};
 use cacheclip_rpc::v1::{PutFrame, put_frame};
+use futures::{Stream, StreamExt as _};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming};
+use tonic::Status;
 
 /// Frames that wait to be written to disk.
 const PUT_FRAMES_AHEAD: usize = 4;
 
+/// A client's frames as they come.
+pub(crate) trait Incoming: Stream<Item = Result<PutFrame, Status>> + Unpin + Send {}
+
+impl<S: Stream<Item = Result<PutFrame, Status>> + Unpin + Send> Incoming for S {}
+
 impl Service {
-    pub(super) async fn receive(&self, mut frames: Streaming<PutFrame>) -> Result<Outcome, Status> {
+    pub(super) async fn receive(&self, mut frames: impl Incoming) -> Result<Outcome, Status> {
         let first = self.next(&mut frames).await?.and_then(|frame| frame.frame);
         let Some(put_frame::Frame::Head(head)) = first else {
             return Err(invalid("head", "the first frame must announce layout, key and bytes"));
@@ -72,9 +78,9 @@ impl Service {
         }
     }
 
-    async fn next(&self, frames: &mut Streaming<PutFrame>) -> Result<Option<PutFrame>, Status> {
-        match tokio::time::timeout(self.stall, frames.message()).await {
-            Ok(frame) => frame,
+    async fn next(&self, frames: &mut impl Incoming) -> Result<Option<PutFrame>, Status> {
+        match tokio::time::timeout(self.stall, frames.next()).await {
+            Ok(frame) => frame.transpose(),
             Err(_) => Err(Status::deadline_exceeded("no frame came for too long; put again")),
         }
     }

@@ -3,7 +3,10 @@
 use super::rows::{self, Due, Held, Kind, Pair};
 use crate::disk::volume;
 use cacheclip_chunk::{ChunkKey, DocumentId, LayoutId};
-use redb::{Database, ReadableDatabase as _, ReadableTable, Table, TableDefinition, WriteTransaction};
+use redb::{
+    Database, ReadTransaction, ReadableDatabase as _, ReadableTable, Table, TableDefinition, WriteTransaction,
+};
+use std::collections::HashSet;
 use std::path::Path;
 
 pub(super) type Done<T> = Result<T, redb::Error>;
@@ -52,6 +55,30 @@ pub(super) fn begin(path: &Path) -> Done<Database> {
 pub(super) fn current(database: &Database) -> Done<u64> {
     let numbers = database.begin_read()?.open_table(NUMBERS)?;
     Ok(numbers.get(GENERATION)?.map_or(1, |it| it.value()))
+}
+
+/// The largest generation of which tombstones were forgotten.
+pub(super) fn floor(transaction: &ReadTransaction) -> Done<u64> {
+    Ok(transaction.open_table(NUMBERS)?.get(FLOOR)?.map_or(0, |it| it.value()))
+}
+
+/// Which of these keys were deleted after a generation.
+pub(super) fn deleted_since(
+    transaction: &ReadTransaction,
+    keys: &[ChunkKey],
+    begun: u64,
+) -> Done<HashSet<ChunkKey>> {
+    if floor(transaction)? > begun {
+        return Ok(keys.iter().copied().collect());
+    }
+    let tombstones = transaction.open_table(TOMBSTONES)?;
+    let mut deleted = HashSet::new();
+    for key in keys {
+        if tombstones.get(key.as_bytes())?.is_some_and(|row| row.value().0 > begun) {
+            deleted.insert(*key);
+        }
+    }
+    Ok(deleted)
 }
 
 pub(super) fn advance(transaction: &WriteTransaction) -> Done<u64> {

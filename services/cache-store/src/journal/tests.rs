@@ -151,6 +151,11 @@ fn who_began_before_a_deletion_is_refused_and_nobody_else() {
         assert!(!refuses(key(9), Some(2), begun) && !refuses(key(9), None, begun));
         assert!(!refuses(key(1), Some(1), begun + 1), "brought anew");
         assert!(refuses(key(5), None, begun + 1) && !refuses(key(5), None, begun + 2));
+        let keys = [key(1), key(5), key(9)];
+        for begun in begun..begun + 3 {
+            let deleted = test.journal().deleted_since(&keys, begun).unwrap();
+            assert!(keys.iter().all(|it| deleted.contains(it) == refuses(*it, None, begun)));
+        }
         test.reopen();
     }
     let claim = Claim { document: document(1), until: NEVER };

@@ -30,6 +30,8 @@ pub(super) struct Encoder<D: Device> {
     block_rows: usize,
     waiting: VecDeque<Section>,
     current: Option<Current<D>>,
+    /// Positions of the longest section so far, what it is behind included.
+    reached: usize,
 }
 
 struct Current<D: Device> {
@@ -52,7 +54,7 @@ impl<D: Device> Encoder<D> {
         let allocator = Allocator::new(pages_for(longest));
         let pages = decoder.pages(allocator.total())?;
         let sequence = allocator.sequence(longest)?;
-        Ok(Self { pages, sequence, block_rows, waiting: VecDeque::new(), current: None })
+        Ok(Self { pages, sequence, block_rows, waiting: VecDeque::new(), current: None, reached: 0 })
     }
 
     /// Takes a section in.
@@ -63,6 +65,11 @@ impl<D: Device> Encoder<D> {
     /// Sections that wait or are under way.
     pub(super) fn len(&self) -> usize {
         self.waiting.len() + usize::from(self.current.is_some())
+    }
+
+    /// Pages that were written to so far.
+    pub(super) fn most_pages(&self) -> usize {
+        pages_for(self.reached)
     }
 
     /// Whose section is next; `None` when there is none. Sections that nobody waits for any more are dropped.
@@ -108,6 +115,7 @@ impl<D: Device> Encoder<D> {
                 return None;
             }
         };
+        self.reached = self.reached.max(all.len());
         Some(Current {
             walk,
             export: Export::default(),

@@ -3,9 +3,8 @@
 use super::Error;
 use super::job::{Prompt, fail};
 use super::turns::Tenant;
-use crate::loader::Room;
+use crate::incoming::Kv;
 use cacheclip_chunk::ByteSpan;
-use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::{Options, Sampler, StopTexts};
 use cacheclip_plan::{Assembly, Policy, Rung, Scored, Selection};
@@ -17,10 +16,10 @@ use tokio::sync::mpsc;
 /// A section's KV and where it stands in the prompt.
 #[derive(Clone, Debug)]
 pub(crate) struct Placed {
-    /// First position.
-    pub start: usize,
+    /// First position of each of its places.
+    pub starts: Vec<usize>,
     /// Canonical KV; layers may still be on their way.
-    pub kv: ChunkKv,
+    pub kv: Kv,
 }
 
 /// Everything the engine needs for one answer.
@@ -32,7 +31,7 @@ pub(crate) struct Generation {
     pub assembly: Assembly,
     /// Whose request it is.
     pub tenant: Tenant,
-    /// Prefix and chunks with their KV; unused when the prompt is computed in context.
+    /// Prefix and chunks with their KV, each once; unused when the prompt is computed in context.
     pub placed: Vec<Placed>,
     /// How rows are chosen.
     pub policy: Policy,
@@ -58,8 +57,6 @@ pub(crate) struct Generation {
     pub stop: Vec<String>,
     /// Tokens that end the answer.
     pub eos: Vec<u32>,
-    /// What its KV takes until it is placed.
-    pub room: Option<Room>,
     /// When the request reached the worker.
     pub received: Instant,
     /// When it was handed to the engine.
@@ -70,11 +67,6 @@ impl Generation {
     /// Whether the whole prompt is computed in context, nothing reused.
     pub(crate) fn in_context(&self) -> bool {
         self.policy == Policy::Full || self.rung == Rung::FullPrefill
-    }
-
-    /// What is placed before rows are computed.
-    pub(super) fn sections(&self) -> &[Placed] {
-        if self.in_context() { &[] } else { &self.placed }
     }
 
     /// The same prompt, to be computed in context.
@@ -96,7 +88,6 @@ impl Generation {
             max_tokens: 0,
             stop: Vec::new(),
             eos: Vec::new(),
-            room: None,
             received: Instant::now(),
             queued: Instant::now(),
         }

@@ -41,13 +41,6 @@ pub(super) fn fail(events: &mpsc::Sender<Event>, error: Error) {
     let _ = events.try_send(Event::Failed(error));
 }
 
-/// A job, as it is sent to the engine.
-#[derive(Debug)]
-pub(super) enum Job {
-    Encode(Section),
-    Answer(Prompt),
-}
-
 /// What the engine has to do, as others may see it.
 #[derive(Debug, Default)]
 pub(super) struct Load {

@@ -1,8 +1,8 @@
 //! The engine: one OS thread owns the model's device and everything that touches it.
 //!
 //! ```text
-//! jobs ──► waiting ──pages──► prefills ──first token──► running
-//!     └──► encoder (canonical KV, pages of its own)
+//! prompts ──► waiting ──pages──► prefills ──first token──► running
+//! sections ─► encoder (canonical KV, pages of its own)
 //! ```
 //!
 //! Prefill is done in steps of one block of rows through one layer ([`cacheclip_model::walk`]). Between decoding steps
@@ -25,10 +25,10 @@ use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::{Decoder, Device};
 use cacheclip_prompt::Tokenizer;
 pub(crate) use job::Owed;
-use job::{Job, Load, Prompt, Section};
+use job::{Load, Prompt, Section};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use thread::Thread;
+use thread::{Inbox, Thread};
 use tokio::sync::{mpsc, oneshot};
 
 /// Why the engine did not do a job.
@@ -68,7 +68,7 @@ pub(crate) struct Options {
     pub(crate) pages: usize,
     /// Tokens of the longest section that is encoded, what stands before it included.
     pub(crate) longest: usize,
-    /// Jobs that may wait.
+    /// Prompts that may wait, and sections.
     pub(crate) queue: usize,
     /// Rows of prefill, through all layers, between two decoding steps.
     pub(crate) prefill_rows: usize,
@@ -80,7 +80,9 @@ pub(crate) struct Options {
 #[derive(Clone, Debug)]
 pub(crate) struct Engine {
     // Before the alarm: it rings when the last sender is gone.
-    jobs: mpsc::Sender<Job>,
+    prompts: mpsc::Sender<Prompt>,
+    /// Apart: a prompt that has its pages may wait for them, and must not wait for prompts that have none.
+    sections: mpsc::Sender<Section>,
     alarm: Arc<Alarm>,
     load: Arc<Load>,
 }
@@ -111,11 +113,13 @@ impl Engine {
         tokenizer: Tokenizer,
         options: Options,
     ) -> anyhow::Result<Self> {
-        let (jobs, inbox) = mpsc::channel(options.queue);
+        let (prompts, asked) = mpsc::channel(options.queue);
+        let (sections, encode) = mpsc::channel(options.queue);
         let load = Arc::<Load>::default();
+        let inbox = Inbox { prompts: asked, sections: encode };
         let state = Thread::new(decoder, tokenizer, &options, inbox, Arc::clone(&load))?;
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || state.run())?;
-        Ok(Self { jobs, alarm: Arc::new(Alarm(thread.thread().clone())), load })
+        Ok(Self { prompts, sections, alarm: Arc::new(Alarm(thread.thread().clone())), load })
     }
 
     /// A layer that a prompt may wait for has come.
@@ -137,14 +141,15 @@ impl Engine {
 
     /// Requests that wait, and requests that run.
     pub(crate) fn load(&self) -> (u32, u32) {
-        let queued = (self.jobs.max_capacity() - self.jobs.capacity()) as u32;
-        let waiting = queued + self.load.waiting.load(Ordering::Relaxed);
+        let prompts = self.prompts.max_capacity() - self.prompts.capacity();
+        let sections = self.sections.max_capacity() - self.sections.capacity();
+        let waiting = (prompts + sections) as u32 + self.load.waiting.load(Ordering::Relaxed);
         (waiting, self.load.running.load(Ordering::Relaxed))
     }
 
     /// Completes when the engine thread is gone.
     pub(crate) async fn stopped(&self) {
-        self.jobs.closed().await;
+        self.prompts.closed().await;
     }
 
     /// Canonical KV of `ids` behind the anchor `behind`, anchor stripped.
@@ -160,7 +165,7 @@ impl Engine {
     ) -> Result<Canonical, Error> {
         let (reply, answer) = oneshot::channel();
         let section = Section { behind, ids, tenant, reply, _owed: owed };
-        self.jobs.send(Job::Encode(section)).await.map_err(|_| Error::Stopped)?;
+        self.sections.send(section).await.map_err(|_| Error::Stopped)?;
         self.alarm.ring();
         answer.await.map_err(|_| Error::Stopped)?
     }
@@ -173,7 +178,7 @@ impl Engine {
         // Room for every event there can be: the engine never waits for a slow reader.
         let (events, inbox) = mpsc::channel(generation.max_tokens + 2);
         let prompt = Prompt { generation: Box::new(generation), events, _owed: owed };
-        match self.jobs.try_send(Job::Answer(prompt)) {
+        match self.prompts.try_send(prompt) {
             Ok(()) => {
                 self.alarm.ring();
                 Ok(Events { inbox, alarm: Arc::clone(&self.alarm) })

@@ -1,17 +1,21 @@
 //! From sections to a first token, in steps of one block of rows through one layer: assembly, selection, repair.
 //!
-//! A section's KV is placed just ahead of the layer that needs it, so that a request begins when the first layers have
-//! come and computes while the others are on their way.
+//! A section's KV is placed as it comes, whatever layer it is of, and is nowhere else then. A request begins when the
+//! first layers have come, and computes while the others are on their way.
 
 use super::Error;
-use super::generation::{First, Generation};
+use super::generation::{First, Generation, Placed};
 use super::job::Prompt;
 use super::turns::Tenant;
+use crate::incoming::Kv;
 use cacheclip_model::device::At;
+use cacheclip_model::kv::{ChunkKv, LayerKv};
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::Sampler;
 use cacheclip_model::{Collect, Decoder, Device, Logits, Probe, Reduce, Walk};
 use cacheclip_plan::{Rung, Selection, Signals, select};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A prompt on its way to its first token.
@@ -21,12 +25,19 @@ pub(super) struct Prefill<D: Device> {
     walk: Walk<D>,
     block_rows: usize,
     goal: Goal,
-    /// Sections' KV is placed at the layers before this one.
-    placed: usize,
+    /// Sections that are not placed at all layers.
+    sections: Vec<Section>,
     admitted: Instant,
     stages: Stages,
     /// Of a shadow: the first token that was given; nobody reads what comes out.
     pub(super) shadows: Option<u32>,
+}
+
+/// A section on its way into the pages.
+struct Section {
+    placed: Placed,
+    /// Layers that are there.
+    layers: usize,
 }
 
 /// What the rows that are under way are for.
@@ -68,11 +79,12 @@ impl<D: Device> Prefill<D> {
     /// # Errors
     /// A selection that is impossible as asked; a device without memory for the rows.
     pub(super) fn new(
-        prompt: Prompt,
+        mut prompt: Prompt,
         sequence: Sequence,
         decoder: &Decoder<D>,
         block_rows: usize,
     ) -> Result<Self, (Prompt, Error)> {
+        let placed = std::mem::take(&mut prompt.generation.placed);
         let generation = &*prompt.generation;
         let question = generation.assembly.question();
         let mut stages = Stages::default();
@@ -106,13 +118,17 @@ impl<D: Device> Prefill<D> {
             Ok(begun) => begun,
             Err(error) => return Err((prompt, error)),
         };
+        let sections = match generation.in_context() {
+            true => Vec::new(),
+            false => placed.into_iter().map(|placed| Section { placed, layers: 0 }).collect(),
+        };
         Ok(Self {
             prompt,
             sequence,
             walk,
             block_rows,
             goal,
-            placed: 0,
+            sections,
             admitted: Instant::now(),
             stages,
             shadows: None,
@@ -129,25 +145,27 @@ impl<D: Device> Prefill<D> {
         &self.prompt.generation.tenant
     }
 
-    /// Whether all KV that the next step needs has come.
+    /// Whether there is KV to place, or all KV is placed that the next rows need.
     pub(super) fn can_step(&self) -> bool {
+        self.sections.iter().any(Section::has_come) || self.can_compute()
+    }
+
+    fn can_compute(&self) -> bool {
         let layer = self.walk.layer();
-        layer < self.placed || self.sections().all(|kv| kv.layer(layer).is_some())
+        self.sections.iter().all(|section| section.layers > layer)
     }
 
-    fn sections(&self) -> impl Iterator<Item = &cacheclip_model::kv::ChunkKv> {
-        self.prompt.generation.sections().iter().map(|section| &section.kv)
-    }
-
-    /// Takes one block of rows through one layer; returns the rows.
+    /// Places what has come and takes one block of rows through one layer, if it can; returns the rows.
     ///
     /// # Errors
     /// The device or the model failed.
     pub(super) fn step(&mut self, decoder: &Decoder<D>, pages: &mut D::Pages) -> Result<usize, Error> {
         let began = Instant::now();
-        if self.walk.layer() == self.placed {
-            self.place(decoder, pages)?;
+        if self.place(decoder, pages)? {
             self.stages.add("place", began.elapsed());
+        }
+        if !self.can_compute() {
+            return Ok(0);
         }
         let (rows, began) = (self.walk.next_rows(), Instant::now());
         let (stage, probe) = match &mut self.goal {
@@ -172,23 +190,48 @@ impl<D: Device> Prefill<D> {
         Ok(rows)
     }
 
-    /// Places what the next layer needs: all there is, where everything has come.
-    fn place(&mut self, decoder: &Decoder<D>, pages: &mut D::Pages) -> Result<(), Error> {
-        let (table, sections) = (self.sequence.table(), self.prompt.generation.sections());
-        if self.placed == 0 && self.sections().all(|kv| kv.complete()) {
-            let all: Vec<_> = sections.iter().map(|section| (&section.kv, section.start)).collect();
-            decoder.place_all(pages, table, &all)?;
-            self.placed = decoder.config().layers;
-            return Ok(());
+    /// Places what has come, and lets go of that; whether there was any.
+    fn place(&mut self, decoder: &Decoder<D>, pages: &mut D::Pages) -> Result<bool, Error> {
+        let (table, layers) = (self.sequence.table(), decoder.config().layers);
+        // Sections together: a device places them in one go.
+        let (mut parts, mut whole) = (BTreeMap::<usize, Vec<_>>::new(), Vec::new());
+        // Leave to hold what is in `whole`.
+        let mut held = Vec::new();
+        for Section { placed: Placed { starts, kv }, layers: there } in &mut self.sections {
+            let came = match kv {
+                Kv::Here(kv) => {
+                    *there = layers;
+                    whole.push((kv.clone(), &starts[..]));
+                    continue;
+                }
+                Kv::Coming(kv) => kv.take(),
+            };
+            if came.len() == layers {
+                *there = layers;
+                let kv = ChunkKv::shared(came.iter().map(|layer| Arc::clone(&layer.kv)).collect());
+                whole.push((kv, &starts[..]));
+                held.extend(came);
+                continue;
+            }
+            for layer in came {
+                parts.entry(*there).or_default().push((layer, &starts[..]));
+                *there += 1;
+            }
         }
-        let at = At { layer: self.placed, table };
-        let of_layer: Vec<_> = sections
-            .iter()
-            .filter_map(|section| Some((section.kv.layer(self.placed)?, section.start)))
-            .collect();
-        decoder.place_sections(pages, at, &of_layer)?;
-        self.placed += 1;
-        Ok(())
+        if parts.is_empty() && whole.is_empty() {
+            return Ok(false);
+        }
+        // Before the others: these are few, and computing waits for all that was placed in its layer.
+        for (layer, sections) in parts {
+            let sections: Vec<(&LayerKv, usize)> =
+                sections.iter().flat_map(|(layer, starts)| at_all(&*layer.kv, starts)).collect();
+            decoder.place_sections(pages, At { layer, table }, &sections)?;
+        }
+        let sections: Vec<(&ChunkKv, usize)> =
+            whole.iter().flat_map(|(kv, starts)| at_all(kv, starts)).collect();
+        decoder.place_all(pages, table, &sections)?;
+        self.sections.retain(|section| section.layers < layers);
+        Ok(true)
     }
 
     /// Whether the first token can be drawn.
@@ -225,6 +268,20 @@ impl<D: Device> Prefill<D> {
         let first = First { token, sampler, sequence: self.sequence, selection, stages, ttft };
         Ok(Ready { prompt: self.prompt, first, spent })
     }
+}
+
+impl Section {
+    fn has_come(&self) -> bool {
+        match &self.placed.kv {
+            Kv::Here(_) => true,
+            Kv::Coming(kv) => kv.waits(),
+        }
+    }
+}
+
+/// The same KV at each of its places.
+fn at_all<'a, T>(kv: &'a T, starts: &'a [usize]) -> impl Iterator<Item = (&'a T, usize)> {
+    starts.iter().map(move |&start| (kv, start))
 }
 
 /// The rows to recompute and the question, at the first layer.

@@ -1,6 +1,8 @@
 //! Promises of the engine, on a small model with random weights.
 
 use super::*;
+use crate::budget::{Budget, Window};
+use crate::incoming::{Incoming, Kv, Layer};
 use cacheclip_model::Cpu;
 use cacheclip_model::config::Config;
 use cacheclip_model::kv::ChunkKv;
@@ -51,7 +53,6 @@ fn plain(prompt: usize, answer: usize, tenant: &str) -> Generation {
         max_tokens: answer,
         stop: Vec::new(),
         eos: Vec::new(),
-        room: None,
         received: Instant::now(),
         queued: Instant::now(),
     }
@@ -59,12 +60,18 @@ fn plain(prompt: usize, answer: usize, tenant: &str) -> Generation {
 
 /// A prefix of 8 tokens and one chunk whose KV is reused as it is.
 fn stale(prefix: ChunkKv, chunk: ChunkKv) -> Generation {
-    let (start, tokens) = (prefix.tokens(), chunk.tokens());
+    let tokens = chunk.tokens();
+    reuse(Kv::Here(prefix), tokens, Kv::Here(chunk))
+}
+
+/// The same, of KV that may be on its way.
+fn reuse(prefix: Kv, tokens: usize, chunk: Kv) -> Generation {
+    let start = 8;
     let total = start + tokens + 4;
     Generation {
         ids: ids(total, 1),
         assembly: Assembly::new(start, &[tokens], 4, false),
-        placed: vec![Placed { start: 0, kv: prefix }, Placed { start, kv: chunk }],
+        placed: vec![Placed { starts: vec![0], kv: prefix }, Placed { starts: vec![start], kv: chunk }],
         policy: Policy::Stale,
         spans: vec![vec![cacheclip_chunk::ByteSpan { start: 0, end: 0 }; tokens]],
         ..plain(total, 3, "reuse")
@@ -94,9 +101,19 @@ async fn section(engine: &Engine, tokens: usize, salt: u32) -> ChunkKv {
     tokio::time::timeout(DEADLINE, canonical).await.expect("the engine answers").unwrap().kv
 }
 
-/// The same KV, none of which has come.
-fn awaited(kv: &ChunkKv) -> ChunkKv {
-    ChunkKv::arriving(kv.layers().count(), kv.tokens())
+/// Room for all of this KV.
+async fn window(kv: &ChunkKv) -> Window {
+    let bytes = kv.bytes() as u64;
+    Budget::new(bytes, 1).open(bytes).await.unwrap()
+}
+
+/// Its layers come.
+fn arrive(engine: &Engine, coming: &Incoming, kv: &ChunkKv, window: &Window) {
+    for share in kv.shares() {
+        let size = share.bytes() as u64;
+        coming.arrive(Layer::new(share, window.try_grant(size).unwrap()));
+        engine.wake();
+    }
 }
 
 #[tokio::test]
@@ -104,12 +121,25 @@ async fn layers_that_come_one_by_one_give_the_answer_of_layers_that_were_there()
     let engine = engine(PAGES);
     let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
     let want = finish(start(&engine, stale(prefix.clone(), chunk.clone()))).await;
-    let coming = awaited(&chunk);
-    let events = start(&engine, stale(prefix, coming.clone()));
-    for (at, layer) in chunk.layers().enumerate() {
-        coming.arrive(at, layer.clone());
-        engine.wake();
-    }
+    let coming = Incoming::default();
+    let events = start(&engine, reuse(Kv::Here(prefix), 40, Kv::Coming(coming.clone())));
+    arrive(&engine, &coming, &chunk, &window(&chunk).await);
+    assert_eq!(finish(events).await.text, want.text);
+}
+
+#[tokio::test]
+async fn kv_that_has_come_makes_room_while_other_kv_is_awaited() {
+    let engine = engine(PAGES);
+    let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
+    let want = finish(start(&engine, stale(prefix.clone(), chunk.clone()))).await;
+    let (first, second) = (Incoming::default(), Incoming::default());
+    let both = reuse(Kv::Coming(first.clone()), 40, Kv::Coming(second.clone()));
+    let events = start(&engine, both);
+    let room = window(&chunk).await;
+    arrive(&engine, &second, &chunk, &room);
+    let placed = room.grant(chunk.bytes() as u64);
+    drop(tokio::time::timeout(DEADLINE, placed).await.expect("nothing of it is held when it is placed"));
+    arrive(&engine, &first, &prefix, &window(&prefix).await);
     assert_eq!(finish(events).await.text, want.text);
 }
 
@@ -117,28 +147,27 @@ async fn layers_that_come_one_by_one_give_the_answer_of_layers_that_were_there()
 async fn who_waits_for_kv_keeps_nobody_else_waiting() {
     let engine = engine(PAGES);
     let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
-    let coming = awaited(&chunk);
-    let mut waits = start(&engine, stale(prefix.clone(), coming.clone()));
+    let coming = Incoming::default();
+    let mut waits = start(&engine, reuse(Kv::Here(prefix), 40, Kv::Coming(coming.clone())));
     finish(start(&engine, plain(50, 5, "other"))).await;
     // Sections are encoded on pages of their own.
     section(&engine, 30, 4).await;
     assert!(waits.inbox.try_recv().is_err(), "its KV has not come");
-    chunk.layers().enumerate().for_each(|(at, layer)| coming.arrive(at, layer.clone()));
-    engine.wake();
+    arrive(&engine, &coming, &chunk, &window(&chunk).await);
     finish(waits).await;
 }
 
 #[tokio::test]
 async fn sections_are_encoded_while_prompts_that_wait_for_them_hold_all_pages() {
     let engine = engine(PAGES);
-    let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
+    let prefix = section(&engine, 8, 1).await;
     let total = PAGES * 16 - 3;
-    let coming = awaited(&chunk);
-    let all = Generation { max_tokens: total - 52, ..stale(prefix, coming.clone()) };
+    let coming = Incoming::default();
+    let awaits = reuse(Kv::Here(prefix), 40, Kv::Coming(coming.clone()));
+    let all = Generation { max_tokens: total - 52, ..awaits };
     let events = start(&engine, Generation { eos: (0..400).collect(), ..all });
     let encoded = section(&engine, 40, 9).await;
-    encoded.layers().enumerate().for_each(|(at, layer)| coming.arrive(at, layer.clone()));
-    engine.wake();
+    arrive(&engine, &coming, &encoded, &window(&encoded).await);
     assert_eq!(finish(events).await.tokens, 1);
 }
 
@@ -158,10 +187,11 @@ async fn a_long_prompt_that_joins_does_not_stall_running_answers() {
 #[tokio::test]
 async fn pages_of_who_goes_away_are_free_for_the_next_even_while_nothing_else_happens() {
     let engine = engine(PAGES);
-    let (prefix, chunk) = (section(&engine, 8, 1).await, section(&engine, 40, 9).await);
+    let prefix = section(&engine, 8, 1).await;
     let most = PAGES * 16 - 52;
     // Waits for KV that will never come, with all pages.
-    let waits = start(&engine, Generation { max_tokens: most, ..stale(prefix, awaited(&chunk)) });
+    let awaits = reuse(Kv::Here(prefix), 40, Kv::Coming(Incoming::default()));
+    let waits = start(&engine, Generation { max_tokens: most, ..awaits });
     let behind = start(&engine, plain(30, 3, "behind"));
     drop(waits);
     finish(behind).await;

@@ -3,11 +3,12 @@
 
 use super::encode::Encoder;
 use super::generation::Running;
-use super::job::{Job, Load, Prompt};
+use super::job::{Load, Prompt, Section};
 use super::prefill::{Prefill, Ready};
 use super::shadow::{Rate, Shadow};
 use super::turns::Turns;
 use super::{Error, Options};
+use cacheclip_model::cuda::footprint::page_bytes;
 use cacheclip_model::pages::{Allocator, pages_for};
 use cacheclip_model::{Batch, Decoder, Device};
 use cacheclip_prompt::Tokenizer;
@@ -22,13 +23,19 @@ const BATCH: usize = 32;
 /// Fewest rows of a block: smaller ones are bound by reading the weights.
 const FEWEST: usize = 64;
 
+/// What the engine is asked to do.
+pub(super) struct Inbox {
+    pub(super) prompts: mpsc::Receiver<Prompt>,
+    pub(super) sections: mpsc::Receiver<Section>,
+}
+
 /// What the engine thread owns.
 pub(super) struct Thread<D: Device> {
     decoder: Decoder<D>,
     tokenizer: Tokenizer,
     pages: D::Pages,
     allocator: Allocator,
-    inbox: mpsc::Receiver<Job>,
+    inbox: Inbox,
     /// Prompts without pages, in order of arrival.
     waiting: VecDeque<Prompt>,
     encoder: Encoder<D>,
@@ -42,6 +49,8 @@ pub(super) struct Thread<D: Device> {
     /// Rows of a block.
     block_rows: usize,
     queue: usize,
+    /// Pages that sequences held at a time, at most so far.
+    most_pages: usize,
     load: Arc<Load>,
     /// Of passes in context: what reuse is compared with.
     rate: Rate,
@@ -59,7 +68,7 @@ impl<D: Device> Thread<D> {
         decoder: Decoder<D>,
         tokenizer: Tokenizer,
         options: &Options,
-        inbox: mpsc::Receiver<Job>,
+        inbox: Inbox,
         load: Arc<Load>,
     ) -> Result<Self, Error> {
         let allocator = Allocator::new(options.pages);
@@ -80,6 +89,7 @@ impl<D: Device> Thread<D> {
             turns: Turns::default(),
             logits: Vec::new(),
             queue: options.queue,
+            most_pages: 0,
             load,
             rate: Rate::default(),
             shadow: Shadow::new(options.shadow_ratio),
@@ -92,6 +102,7 @@ impl<D: Device> Thread<D> {
             self.prefills.retain(|prefill| !prefill.abandoned());
             self.running.retain(|running| !running.abandoned());
             self.admit();
+            self.most_pages = self.most_pages.max(self.allocator.total() - self.allocator.free());
             let prefilled = self.prefill();
             let decoded = self.decode();
             self.report();
@@ -104,14 +115,19 @@ impl<D: Device> Thread<D> {
 
     /// Takes the jobs that have come; false when there will be none and nothing is left to do.
     fn receive(&mut self) -> bool {
-        while self.waiting.len() + self.encoder.len() < self.queue {
-            match self.inbox.try_recv() {
-                Ok(Job::Encode(section)) => self.encoder.push(section),
-                Ok(Job::Answer(prompt)) => self.waiting.push_back(prompt),
+        while self.encoder.len() < self.queue
+            && let Ok(section) = self.inbox.sections.try_recv()
+        {
+            self.encoder.push(section);
+        }
+        while self.waiting.len() < self.queue {
+            match self.inbox.prompts.try_recv() {
+                Ok(prompt) => self.waiting.push_back(prompt),
                 Err(mpsc::error::TryRecvError::Empty) => break,
+                // Both channels' senders go together.
                 Err(mpsc::error::TryRecvError::Disconnected) => {
                     let idle = self.waiting.is_empty() && self.prefills.is_empty() && self.running.is_empty();
-                    return !(idle && self.encoder.len() == 0);
+                    return !(idle && self.encoder.len() == 0 && self.inbox.sections.is_empty());
                 }
             }
         }
@@ -274,7 +290,11 @@ impl<D: Device> Thread<D> {
         let waiting = self.waiting.len() + self.prefills.len() + self.encoder.len();
         self.load.waiting.store(waiting as u32, Ordering::Relaxed);
         self.load.running.store(self.running.len() as u32, Ordering::Relaxed);
-        crate::metrics::requests(self.inbox.len() + waiting, self.running.len());
+        let queued = self.inbox.prompts.len() + self.inbox.sections.len();
+        crate::metrics::requests(queued + waiting, self.running.len());
         crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
+        let most = (self.most_pages + self.encoder.most_pages()) as u64;
+        let element = self.decoder.device().dtype().size();
+        crate::metrics::pages_peak(most * page_bytes(self.decoder.config(), element));
     }
 }

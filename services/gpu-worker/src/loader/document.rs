@@ -44,11 +44,9 @@ impl Loader {
             }
             let canonical = self.canonical(want, &Tenant::default(), self.owe(want), began.mark).await?;
             let Some(writer) = &self.writer else { continue };
-            match writer.write(want.key, terms.clone(), want.spans.clone(), canonical).await {
-                // It is in this RAM, and may be stored by whoever needs it next.
-                "no_room" | "failed" | "dropped" => unstored.push(want.key),
-                _ => {}
-            }
+            let written = writer.write(want.key, terms.clone(), want.spans.clone(), canonical).await;
+            // It is in this RAM, and may be stored by whoever needs it next.
+            unstored.extend(written.is_unclaimed().then_some(want.key));
         }
         self.claim(stores.as_ref(), unstored, hold.as_ref()).await?;
         Ok(computed)

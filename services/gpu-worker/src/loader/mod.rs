@@ -1,31 +1,35 @@
 //! Finds the KV of a request's sections: own RAM, else the stores, else computed canonically, kept and written
 //! behind. Hits and misses give the same KV, so they give the same answer.
 //!
-//! What stores send is handed on layer by layer, so that a request is computed while its KV arrives.
+//! What stores send is handed on layer by layer, so that a request is computed while its KV arrives. What requests hold
+//! until it is placed in pages is bounded by [`Budget`]: a request that fits it is loaded and computed as fast as that
+//! goes, a larger one as fast as what it has got is placed.
 
 mod document;
 mod fetch;
+mod pieces;
 
+use crate::budget::{Budget, Window};
 use crate::engine::{Canonical, Engine, Error, Owed, Tenant};
+use crate::incoming::{Incoming, Kv, Layer};
 use crate::layout::Layout;
 use crate::link::{Flight, Link};
 use crate::metrics;
 use crate::options::{Loading, Options};
 use crate::ram::{Mark, Ram, Section};
 use crate::writer::Writer;
-use cacheclip_chunk::{ByteSpan, ChunkKey};
+use cacheclip_chunk::{ByteSpan, ChunkKey, LayoutSpec};
 use cacheclip_client::{Since, StoreClient, Terms};
 use cacheclip_model::kv::{ChunkKv, HostPool, LayerKv};
 use cacheclip_model::layout::layer_of;
 use cacheclip_plan::{Cost, Server, Way, divide};
 use cacheclip_rpc::v1::{MissReason, Tier};
 use cacheclip_service::seconds;
-use fetch::{Arriving, Fetch};
+use fetch::{Arriving, Fetch, Lacking};
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// A section to find.
 #[derive(Clone, Debug)]
@@ -40,11 +44,15 @@ pub(crate) struct Wanted {
     pub anchored: bool,
 }
 
-/// A section that was found or computed.
+/// A section that was found or computed, or is on its way.
 #[derive(Clone, Debug)]
 pub(crate) struct Found {
-    /// Its KV.
-    pub section: Section,
+    /// Its KV, for who places it; gone when it has been handed over.
+    pub kv: Option<Kv>,
+    /// Static rank per token, where one of the current version is known.
+    pub rank: Option<Arc<[u8]>>,
+    /// Size of its container; 0 where that is not known.
+    pub container_bytes: u64,
     /// Where it was.
     pub tier: Tier,
     /// Why it was in no cache.
@@ -60,8 +68,32 @@ pub(crate) struct Began {
     since: Since,
 }
 
-/// A share of the KV that requests may hold before it is placed.
-pub(crate) type Room = OwnedSemaphorePermit;
+impl Found {
+    fn in_ram(section: Section) -> Self {
+        let Section { kv, rank, container_bytes } = section;
+        Self { kv: Some(Kv::Here(kv)), rank, container_bytes, tier: Tier::WorkerRam, reason: None }
+    }
+
+    fn arriving(known: Arriving) -> Self {
+        let Arriving { kv, rank, container_bytes, tier, .. } = known;
+        Self { kv: Some(Kv::Coming(kv)), rank, container_bytes, tier, reason: None }
+    }
+
+    fn computed(kv: Incoming, rank: Arc<[u8]>, reason: MissReason) -> Self {
+        let (kv, rank) = (Some(Kv::Coming(kv)), Some(rank));
+        Self { kv, rank, container_bytes: 0, tier: Tier::Computed, reason: Some(reason) }
+    }
+}
+
+/// Whose sections these are.
+#[derive(Clone, Debug)]
+struct Whose {
+    tenant: Tenant,
+    began: Began,
+    window: Window,
+    /// Whether all that is lacking may be held before anything is placed.
+    whole: bool,
+}
 
 /// Finds sections. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -78,9 +110,7 @@ pub(crate) struct Loader {
     link: Link,
     /// Held while a request decides: the next one shall know what it asked for.
     deciding: Arc<Mutex<()>>,
-    /// What requests may hold before it is placed, in MiB.
-    room: Arc<Semaphore>,
-    most_mib: u32,
+    budget: Budget,
     timeout: Duration,
 }
 
@@ -96,8 +126,6 @@ impl Loader {
         anchor: Arc<[u32]>,
         options: &Options,
     ) -> Self {
-        let most_mib = (options.load_bytes >> 20).clamp(1, Semaphore::MAX_PERMITS as u64 >> 1);
-        let most_mib = u32::try_from(most_mib).unwrap_or(u32::MAX);
         Self {
             ram,
             stores,
@@ -109,8 +137,7 @@ impl Loader {
             loading: options.loading,
             link: Link::default(),
             deciding: Arc::default(),
-            room: Arc::new(Semaphore::new(most_mib as usize)),
-            most_mib,
+            budget: Budget::new(options.load_bytes, options.queue),
             timeout: seconds(options.load_timeout_seconds),
         }
     }
@@ -124,61 +151,66 @@ impl Loader {
     /// engine owes `rows` for the request from its admission on: those that wait for room are ahead of nobody.
     ///
     /// # Errors
-    /// Only what keeps a section from being computed.
+    /// [`Error::Busy`] when too many wait for room; else only what keeps a section from being computed.
     pub(crate) async fn open(
         &self,
         wanted: &[Wanted],
         tenant: &Tenant,
         rows: usize,
     ) -> Result<(Opened, Owed), Error> {
-        let room = self.admit(wanted).await;
+        let mut seen = HashSet::new();
+        let distinct: Vec<&Wanted> = wanted.iter().filter(|want| seen.insert(want.key)).collect();
+        let bytes = distinct.iter().map(|want| self.bytes(want.ids.len())).sum();
+        let window = self.budget.open(bytes).await?;
         let (began, stores) = self.begin();
         let mut known: HashMap<ChunkKey, Found> = HashMap::new();
         let mut lacking: Vec<&Wanted> = Vec::new();
-        let mut seen = HashSet::new();
-        for want in wanted.iter().filter(|want| seen.insert(want.key)) {
+        for want in distinct {
             match self.ram.get(&want.key).filter(|section| section.kv.tokens() == want.ids.len()) {
                 Some(section) => {
-                    known.insert(want.key, Found { section, tier: Tier::WorkerRam, reason: None });
+                    // What RAM holds stays within RAM's own bound.
+                    window.skip(self.bytes(want.ids.len()));
+                    known.insert(want.key, Found::in_ram(section));
                 }
                 None => lacking.push(want),
             }
         }
-        let Divided { asked, flight, computed, owed } = self.divide(lacking, rows);
+        let whole = window.has_room();
+        let whose = Whose { tenant: Tenant::clone(tenant), began, window, whole };
+        let Divided { mut asked, flight, mut computed, owed } = self.divide(lacking, rows);
+        let mut sections: Vec<Lacking> = asked.iter().map(|want| Lacking::new(self, want, None)).collect();
+        if !whole {
+            for (want, reason, owed) in computed.drain(..) {
+                asked.push(want);
+                sections.push(Lacking::new(self, want, Some((reason, owed))));
+            }
+        }
         let fetch = async {
-            match stores.as_ref().zip(flight) {
-                Some((stores, flight)) => {
-                    let asked = asked.iter().map(|&want| want.clone()).collect();
-                    let whose = (Tenant::clone(tenant), began.clone());
-                    Ok(Some(Fetch::begin(self, stores, flight, asked, whose).await?))
-                }
-                None => Ok(None),
+            match sections.is_empty() {
+                true => Ok(None),
+                false => Fetch::begin(self, stores.zip(flight), sections, whose.clone()).await.map(Some),
             }
         };
+        let computed =
+            computed.into_iter().map(|(want, reason, owed)| (want, Incoming::default(), reason, owed));
         // What is computed by choice is computed while the rest is on its way.
-        let (fetch, computed) = tokio::try_join!(fetch, self.compute(computed, tenant, &began))?;
+        let (fetch, computed) = tokio::try_join!(fetch, self.compute(computed.collect(), &whose))?;
         known.extend(computed);
         let mut missing = Vec::new();
         for (want, arriving) in asked.iter().zip(fetch.iter().flat_map(|fetch| &fetch.sections)) {
-            match arriving.missing {
-                None => {
-                    let (section, tier) = (arriving.section.clone(), arriving.tier);
-                    known.insert(want.key, Found { section, tier, reason: None });
-                }
-                Some(reason) => missing.push((*want, reason, self.owe(want))),
+            match arriving.missing.filter(|_| arriving.told) {
+                Some(reason) => missing.push((*want, arriving.kv.clone(), reason, self.owe(want))),
+                None => drop(known.insert(want.key, Found::arriving(arriving.clone()))),
             }
         }
-        if fetch.is_none() {
-            missing.extend(asked.iter().map(|&want| (want, MissReason::NeverSeen, self.owe(want))));
-        }
-        known.extend(self.compute(missing, tenant, &began).await?);
+        known.extend(self.compute(missing, &whose).await?);
         let found = wanted.iter().map(|want| known[&want.key].clone()).collect();
         let opened = Opened {
             found,
             keys: wanted.iter().map(|want| want.key).collect(),
             asked: asked.iter().map(|want| want.key).collect(),
+            whole,
             fetch,
-            room,
         };
         Ok((opened, owed))
     }
@@ -224,21 +256,15 @@ impl Loader {
         if want.anchored { self.anchor.len() + want.ids.len() } else { want.ids.len() }
     }
 
-    /// Room for a request's KV, or for as much of it as there can be; waits for that of others.
-    async fn admit(&self, wanted: &[Wanted]) -> Option<Room> {
-        let bytes: u64 = wanted.iter().map(|want| self.bytes(want.ids.len())).sum();
-        let mib = (bytes >> 20).clamp(1, self.most_mib.into()) as u32;
-        // Never closed.
-        Arc::clone(&self.room).acquire_many_owned(mib).await.ok()
-    }
-
     /// Bytes of a section's KV in memory.
     fn bytes(&self, tokens: usize) -> u64 {
-        let shape = &self.layout.spec.shape;
-        u64::from(shape.layers * shape.kv_heads * shape.head_dim)
-            * 2
-            * self.layout.spec.dtype.size() as u64
-            * tokens as u64
+        self.layer_bytes(tokens) * self.layers() as u64
+    }
+
+    /// The same of one layer.
+    fn layer_bytes(&self, tokens: usize) -> u64 {
+        let LayoutSpec { shape, dtype, .. } = &self.layout.spec;
+        shape.layer_bytes(tokens as u32, *dtype)
     }
 
     /// A layer of a section from the bytes of its segment.
@@ -250,61 +276,65 @@ impl Loader {
         self.layout.spec.shape.layers as usize
     }
 
-    /// Keeps what a read brought and computes the rest.
-    async fn complete(
-        &self,
-        wanted: &[Wanted],
-        arriving: Vec<Arriving>,
-        tenant: Tenant,
-        began: &Began,
-    ) -> Result<Vec<Found>, Error> {
-        let mut found = Vec::with_capacity(wanted.len());
-        for (want, Arriving { section, tier, missing, told, .. }) in wanted.iter().zip(arriving) {
-            let Some(reason) = missing else {
-                self.ram.insert(want.key, section.clone(), began.mark);
-                found.push(Found { section, tier, reason: None });
+    /// Keeps what a read brought and computes what nobody else does of the rest.
+    async fn complete(&self, mut sections: Vec<Lacking>, whose: &Whose) -> Result<Vec<Found>, Error> {
+        // First of all, for nothing can be computed while there is no room for it.
+        for Lacking { want, known, kept, .. } in &mut sections {
+            let Some(kept) = kept.take().filter(|_| known.missing.is_none()) else { continue };
+            let kv = ChunkKv::shared(kept.iter().map(|layer| Arc::clone(&layer.kv)).collect());
+            let (rank, container_bytes) = (known.rank.clone(), known.container_bytes);
+            self.ram.insert(want.key, Section { kv, rank, container_bytes }, whose.began.mark);
+        }
+        let mut found = Vec::with_capacity(sections.len());
+        for Lacking { want, owed, known, .. } in sections {
+            let Some(reason) = known.missing else {
+                found.push(Found::arriving(known));
                 continue;
             };
             tracing::debug!(reason = reason.label(), "chunk not served by the stores");
-            if !told {
-                let computed = self.computed(want, &tenant, self.owe(want), began).await?;
-                computed.kv.layers().enumerate().for_each(|(at, layer)| section.kv.arrive(at, layer.clone()));
+            if !known.told {
+                let owed = owed.unwrap_or_else(|| self.owe(&want));
+                self.computed(&want, &known.kv, owed, whose).await?;
                 self.engine.wake();
             }
-            found.push(Found { section, tier: Tier::Computed, reason: Some(reason) });
+            found.push(Found { reason: Some(reason), tier: Tier::Computed, ..Found::arriving(known) });
         }
         Ok(found)
     }
 
     async fn compute(
         &self,
-        wanted: Vec<(&Wanted, MissReason, Owed)>,
-        tenant: &Tenant,
-        began: &Began,
+        wanted: Vec<(&Wanted, Incoming, MissReason, Owed)>,
+        whose: &Whose,
     ) -> Result<Vec<(ChunkKey, Found)>, Error> {
         let mut found = Vec::with_capacity(wanted.len());
-        for (want, reason, owed) in wanted {
-            let section = self.computed(want, tenant, owed, began).await?;
-            found.push((want.key, Found { section, tier: Tier::Computed, reason: Some(reason) }));
+        for (want, kv, reason, owed) in wanted {
+            let rank = self.computed(want, &kv, owed, whose).await?;
+            found.push((want.key, Found::computed(kv, rank, reason)));
         }
         Ok(found)
     }
 
-    /// Computes a section, keeps it and offers it to the stores.
+    /// Computes a section, hands on the layers that have not come, keeps it and offers it to the stores; its rank.
     async fn computed(
         &self,
         want: &Wanted,
-        tenant: &Tenant,
+        kv: &Incoming,
         owed: Owed,
-        began: &Began,
-    ) -> Result<Section, Error> {
-        let canonical = self.canonical(want, tenant, owed, began.mark).await?;
-        let section = Section::of(&canonical);
+        whose: &Whose,
+    ) -> Result<Arc<[u8]>, Error> {
+        let (layer, came) = (self.layer_bytes(want.ids.len()), kv.came());
+        let mut grant = whose.window.grant(layer * (self.layers() - came) as u64).await;
+        let canonical = self.canonical(want, &whose.tenant, owed, whose.began.mark).await?;
+        for share in canonical.kv.shares().skip(came) {
+            kv.arrive(Layer::new(share, grant.split(layer)));
+        }
+        let rank = Arc::from(&canonical.rank[..]);
         if let Some(writer) = &self.writer {
-            let terms = Terms { hold: None, since: began.since.clone() };
+            let terms = Terms { hold: None, since: whose.began.since.clone() };
             writer.write_behind(want.key, terms, want.spans.clone(), canonical);
         }
-        Ok(section)
+        Ok(rank)
     }
 
     /// Computes a section and keeps it in RAM.
@@ -340,9 +370,9 @@ pub(crate) struct Opened {
     keys: Vec<ChunkKey>,
     /// What the stores were asked for.
     asked: Vec<ChunkKey>,
+    /// Whether all of its KV may be held before it is placed.
+    whole: bool,
     fetch: Option<Fetch>,
-    /// Of all KV of the request, until it is placed.
-    pub room: Option<Room>,
 }
 
 impl Opened {
@@ -356,15 +386,18 @@ impl Opened {
         for (key, found) in self.keys.iter().zip(&mut self.found) {
             // What was computed by who asked is known better here.
             if let Some(late) = late.get(key).filter(|_| found.reason.is_none()) {
-                *found = late.clone();
+                *found = Found { kv: found.kv.take(), ..late.clone() };
             }
         }
         Ok(())
     }
 
-    /// Lets go of the KV; how it was had stays known.
-    pub(crate) fn let_go(&mut self) {
-        self.found.iter_mut().for_each(|found| found.section.kv = ChunkKv::new(Vec::new()));
+    /// Waits until everything has come, if it can come before anything is placed.
+    ///
+    /// # Errors
+    /// As [`Loader::open`].
+    pub(crate) async fn come(&mut self) -> Result<(), Error> {
+        if self.whole { self.complete().await } else { Ok(()) }
     }
 }
 

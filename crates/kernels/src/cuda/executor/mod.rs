@@ -89,6 +89,13 @@ pub struct Weights {
     inputs: u32,
 }
 
+impl Weights {
+    /// Bytes on the device.
+    pub fn bytes(&self) -> usize {
+        self.buffer.bytes()
+    }
+}
+
 /// A weight vector, f32 `[length]`.
 #[derive(Debug)]
 pub struct Floats {
