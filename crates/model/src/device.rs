@@ -89,6 +89,10 @@ pub trait Device: Send + Sync + 'static {
     fn block_rows(&self) -> usize {
         BLOCK_ROWS
     }
+    /// Whether it is of no more use to this process: after a fault, every call would fail.
+    fn lost(&self) -> bool {
+        false
+    }
     /// Where KV for it is kept on the host.
     fn host(&self) -> HostPool {
         HostPool::default()

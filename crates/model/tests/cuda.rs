@@ -267,6 +267,23 @@ fn a_prompt_without_memory_fails_alone_and_answers_go_on() {
 }
 
 #[test]
+fn a_device_that_broke_down_says_so_and_every_call_fails() {
+    let source = families().remove(0);
+    let config = source.config().unwrap();
+    let Some(machine) = machine(&config, Order::CopiesLate) else { return };
+    let device = Cuda::on(machine.clone(), &config, &options()).unwrap();
+    let decoder = load(&source, device).unwrap().decoder;
+    let (sequence, at) = (Allocator::new(PAGES).sequence(20).unwrap(), positions(0..20));
+    let mut pages = decoder.pages(PAGES).unwrap();
+    let mut pass = || decoder.forward(&mut pages, Pass::new(&[4; 20], &at, sequence.table()));
+    pass().unwrap();
+    assert!(!decoder.device().lost());
+    machine.break_down();
+    assert!(decoder.device().lost());
+    assert!(matches!(pass(), Err(Error::Device(DeviceError::Fault(..)))));
+}
+
+#[test]
 fn a_decoding_step_in_steady_state_allocates_nothing_on_the_device() {
     let source = families().remove(0);
     let Some(decoder) = emulated(&source, Order::CopiesLate, &options()) else { return };
@@ -305,9 +322,7 @@ mod gpu {
         let kept = Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cuda-gpu"));
         match Cuda::open(&source.config().unwrap(), &Options { libraries, kept, ..options() }) {
             Ok(device) => Some(load(source, device).unwrap().decoder),
-            Err(Error::Device(DeviceError::NoDevice(why)))
-                if std::env::var_os("NEED_GPU").is_none() =>
-            {
+            Err(Error::Device(DeviceError::NoDevice(why))) if std::env::var_os("NEED_GPU").is_none() => {
                 eprintln!("skipped: {why}");
                 None
             }

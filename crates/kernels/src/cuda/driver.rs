@@ -5,7 +5,7 @@ use super::device::{Gpu, driver};
 use super::error::DeviceError;
 use super::launch::{Address, Launch};
 use super::machine::{Event, Machine, Product, Stream};
-use cudarc::driver::sys::CUevent_flags_enum;
+use cudarc::driver::sys::{self, CUevent_flags_enum, CUresult};
 use cudarc::driver::{CudaEvent, DriverError, result};
 use std::slice;
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -155,6 +155,15 @@ impl Machine for Gpu {
 
     fn elapsed(&self, from: Event, to: Event) -> Result<f32, DeviceError> {
         self.of(from)?.elapsed_ms(&*self.of(to)?).map_err(driver("tell the time"))
+    }
+
+    fn sound(&self) -> bool {
+        if self.bound().is_err() {
+            return false;
+        }
+        // SAFETY: a stream of the context that was just bound.
+        let queried = unsafe { sys::cuStreamQuery(self.streams[0].cu_stream()) };
+        matches!(queried, CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_NOT_READY)
     }
 
     fn finish(&self, stream: Stream) -> Result<(), DeviceError> {

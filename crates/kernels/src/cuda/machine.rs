@@ -164,6 +164,8 @@ pub trait Machine: Debug + Send + Sync + 'static {
     /// # Errors
     /// A fault.
     fn elapsed(&self, from: Event, to: Event) -> Result<f32, DeviceError>;
+    /// Whether nothing has gone wrong that every later call would meet again. Asks, and waits for nothing.
+    fn sound(&self) -> bool;
     /// Waits until a stream is empty.
     ///
     /// # Errors

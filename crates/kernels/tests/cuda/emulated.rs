@@ -48,6 +48,8 @@ struct State {
     /// Of each event: how often it was recorded, and how many of those have happened.
     events: Vec<(u64, u64)>,
     memory: HashMap<usize, Layout>,
+    /// Whether everything fails from now on.
+    broken: bool,
 }
 
 /// A device with the kernels of one model.
@@ -76,6 +78,18 @@ impl Emulated {
     /// Bytes that are allocated, page-locked ones included.
     pub(crate) fn used(&self) -> usize {
         self.state.lock().unwrap().memory.values().map(Layout::size).sum()
+    }
+
+    /// Has everything fail from now on, as after a fault on a device.
+    pub(crate) fn break_down(&self) {
+        self.state.lock().unwrap().broken = true;
+    }
+
+    fn working(&self) -> Result<(), DeviceError> {
+        match self.sound() {
+            true => Ok(()),
+            false => Err(DeviceError::Fault("do what it was told", "broken by a test".into())),
+        }
     }
 
     fn queue(&self, stream: Stream, work: impl FnOnce() + Send + 'static) {
@@ -202,6 +216,7 @@ impl Machine for Emulated {
     }
 
     unsafe fn launch(&self, stream: Stream, launch: &Launch) -> Result<(), DeviceError> {
+        self.working()?;
         let (kernels, launch) = (Arc::clone(&self.kernels), launch.clone());
         self.queue(stream, move || {
             let name = CString::new(launch.kernel).unwrap();
@@ -297,7 +312,12 @@ impl Machine for Emulated {
         Ok(1.0)
     }
 
+    fn sound(&self) -> bool {
+        !self.state.lock().unwrap().broken
+    }
+
     fn finish(&self, stream: Stream) -> Result<(), DeviceError> {
+        self.working()?;
         if self.order == Order::CopiesEarly {
             while self.step(Stream::Copy) {}
         }

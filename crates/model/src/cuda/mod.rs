@@ -243,6 +243,10 @@ impl Device for Cuda {
         self.block_rows
     }
 
+    fn lost(&self) -> bool {
+        !self.executor.machine().sound()
+    }
+
     fn host(&self) -> HostPool {
         self.executor.host().clone()
     }

@@ -96,9 +96,13 @@ impl<D: Device> Thread<D> {
         })
     }
 
-    /// Works until nobody can ask for anything any more and everything asked for is done.
+    /// Works until nobody can ask for anything any more and everything asked for is done, or until the device is lost.
     pub(super) fn run(mut self) {
         while self.receive() {
+            if self.decoder.device().lost() {
+                tracing::error!("the device is lost: restart the worker");
+                return;
+            }
             self.prefills.retain(|prefill| !prefill.abandoned());
             self.running.retain(|running| !running.abandoned());
             self.admit();
