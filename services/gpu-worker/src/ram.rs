@@ -118,7 +118,8 @@ impl Ram {
     /// Keeps a section that was begun at `mark`, evicting others; a section larger than the tier is not kept.
     pub(crate) fn insert(&self, key: ChunkKey, section: Section, mark: Mark) {
         let deletions = self.0.deletions.read();
-        if *deletions == mark.0 {
+        // One that is in use is not evicted, not even where it is too large: it must not come in.
+        if *deletions == mark.0 && self.holds(ByBytes.weight(&key, &section)) {
             self.0.sections.insert(key, section);
             crate::metrics::ram(self.0.sections.weight());
         }
@@ -204,6 +205,15 @@ mod tests {
         assert!(here(&ram) == [2, 3] && ram.set(&[0; 32]).is_none());
         ram.insert(key(1), section(), ram.mark());
         assert_eq!(here(&ram), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_tier_without_room_keeps_nothing_not_even_what_is_in_use() {
+        let layer = LayerKv::new(vec![0.0; 16], 1);
+        let section = Section { kv: ChunkKv::new(vec![layer]), rank: None, container_bytes: 0 };
+        let ram = Ram::new(0);
+        ram.insert(key(1), section.clone(), ram.mark());
+        assert!(ram.get(&key(1)).is_none() && section.kv.tokens() == 1);
     }
 
     #[test]

@@ -12,7 +12,8 @@ use cacheclip_rpc::v1::{
     Tier, kv_frame, put_frame,
 };
 use cacheclip_service::{ConnectOptions, Running, connect};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use tonic::Status;
 use tonic::transport::Channel;
@@ -244,16 +245,17 @@ pub fn assemble(frames: &[KvFrame], chunks: usize) -> Vec<Arrived> {
 
 /// Bytes of all files of containers, wherever they are.
 pub fn bytes_on_disk(data: &Path) -> u64 {
-    fn sum(folder: &Path) -> u64 {
-        let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
-        entries
-            .flatten()
-            .map(|entry| match entry.metadata() {
-                Ok(metadata) if metadata.is_dir() => sum(&entry.path()),
-                Ok(metadata) => metadata.len(),
-                Err(_) => 0,
-            })
-            .sum()
+    fn find(folder: &Path, found: &mut HashMap<u64, u64>) {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            match entry.metadata() {
+                Ok(metadata) if metadata.is_dir() => find(&entry.path(), found),
+                // By inode: what the scrubber moves to quarantine meanwhile is there once.
+                Ok(metadata) => drop(found.insert(metadata.ino(), metadata.len())),
+                Err(_) => {}
+            }
+        }
     }
-    ["objects", "temporary", "quarantine"].iter().map(|folder| sum(&data.join(folder))).sum()
+    let mut found = HashMap::new();
+    ["objects", "temporary", "quarantine"].iter().for_each(|folder| find(&data.join(folder), &mut found));
+    found.values().sum()
 }
