@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Tokens of the anchor, which is the prefix of every prompt here.
-const ANCHOR: usize = 16;
+pub const ANCHOR: usize = 16;
 /// Layers that are placed ahead of the one that is computed.
 const AHEAD: usize = 1;
 

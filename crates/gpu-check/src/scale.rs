@@ -1,5 +1,6 @@
 //! How much of everything: what a GPU is asked, and the little that a rehearsal on the CPU does of it.
 
+use crate::model::ANCHOR;
 use anyhow::Context as _;
 use cacheclip_model::config::Config;
 
@@ -92,9 +93,14 @@ impl Scale {
         })
     }
 
-    /// Tokens of the longest prompt, question included.
+    /// Tokens of a prompt with so many in chunks.
+    pub fn prompt(&self, length: usize) -> usize {
+        ANCHOR + length + self.question
+    }
+
+    /// Tokens of the longest prompt.
     pub fn longest(&self) -> usize {
-        self.lengths.iter().max().copied().unwrap_or(0) + 2 * self.question
+        self.prompt(self.lengths.iter().max().copied().unwrap_or(0))
     }
 }
 

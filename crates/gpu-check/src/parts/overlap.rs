@@ -33,7 +33,7 @@ struct Row {
 /// No device, or no room for two models; a device fault.
 pub fn run<B: Bed>(bed: &B, work: &Work, name: &'static str) -> anyhow::Result<()> {
     let (scale, shape) = (work.scale, work.scale.shape(name)?);
-    let tokens = scale.telling + 2 * scale.question;
+    let tokens = scale.prompt(scale.telling);
     let room = Room::of(&shape, &[tokens], scale.telling, scale.block_rows);
     let mut on = Model::random(bed, &shape, tokens, room)?;
     let count = scale.telling / scale.chunk;
@@ -102,10 +102,10 @@ mod tests {
             piece("place", 1.0, 3.0),
             piece("scatter", 2.0, 4.0),
             piece("attend", 4.5, 5.5),
-            piece("place", 5.0, 6.0),
+            piece("place", 5.0, 7.0),
         ];
-        // Of two, two and one milliseconds of placing: none, one and half a one.
-        assert_eq!(beside(&timeline), Some(0.3));
+        // Of two milliseconds of placing each: none, one and half a one.
+        assert_eq!(beside(&timeline), Some(0.25));
         assert_eq!(beside(&timeline[2..4]), None);
         assert_eq!(beside(&timeline[..2]), None);
     }

@@ -1,6 +1,6 @@
 //! What operations need of a device, and no more: memory, copies, launches, products, events.
 //!
-//! There are two: the driver's ([`device`](super::device), behind the feature `cuda`), and the tests', which keeps what it
+//! There are two: the driver's (`device`, behind the feature `cuda`), and the tests', which keeps what it
 //! is asked for in queues and does it as late as the events between them allow.
 
 use super::Heads;

@@ -1,4 +1,4 @@
-//! Kernels timed on a machine, by its own clock: the launches of [`launch`](super::launch) over buffers of their own.
+//! Kernels timed on a machine, by its own clock: the launches of [`launch`] over buffers of their own.
 //!
 //! Buffers hold numbers and not zeros, which some devices multiply faster; what is timed is larger than the second-level
 //! cache wherever its caller asks for that much.

@@ -2,7 +2,7 @@
 //! `cacheclip_kernels::cuda`.
 //!
 //! All it does is to say in operations of the seam what its executor does, so it is the same on the driver's machine (the
-//! feature `cuda`, [`Cuda::open`]) and on the emulated one, on which tests run it without a GPU. **It has not run on a GPU
+//! feature `cuda`, `Cuda::open`) and on the emulated one, on which tests run it without a GPU. **It has not run on a GPU
 //! yet.**
 //!
 //! The driver and cuBLAS are opened when a device is. Nothing of CUDA is linked: building needs no toolkit, and a machine
