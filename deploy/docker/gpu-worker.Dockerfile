@@ -3,29 +3,19 @@
 #
 #   docker build -f deploy/docker/gpu-worker.Dockerfile -t cacheclip-gpu-worker:0.1.0 .
 #
-# For CUDA, on NVIDIA's images of one version: one with the compiler to build in, one without to run in. FEATURES takes
-# the worker's cargo features for CUDA; a worker without any computes on the CPU in this image, too.
+# For CUDA, on NVIDIA's image with its libraries (cuBLAS, NVRTC). The worker opens them, and the driver's that the node
+# brings, when it starts: no toolkit is needed to build it, and the same image without a GPU says so and stops.
 #
 #   docker build -f deploy/docker/gpu-worker.Dockerfile -t cacheclip-gpu-worker:0.1.0-cuda \
-#       --build-arg CUDA_BUILD_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu22.04 \
-#       --build-arg CUDA_IMAGE=nvidia/cuda:13.0.1-runtime-ubuntu22.04 \
-#       --build-arg FEATURES="…" .
+#       --build-arg FEATURES=cuda --build-arg CUDA_IMAGE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 .
 #
 # What is sent to the builder is chosen by gpu-worker.Dockerfile.dockerignore beside this file.
 
 ARG RUST_IMAGE=rust:1.89-bookworm
-# Where the worker is compiled and where it runs. The second's glibc must not be older than the first's.
-ARG CUDA_BUILD_IMAGE=${RUST_IMAGE}
+# Where the worker runs: a glibc that is not older than the compiling image's.
 ARG CUDA_IMAGE=debian:bookworm-slim
 
-FROM ${RUST_IMAGE} AS rust
-
-FROM ${CUDA_BUILD_IMAGE} AS build
-# CUDA's images have no Rust: the toolchain is taken from the image that has it.
-COPY --from=rust /usr/local/cargo /usr/local/cargo
-COPY --from=rust /usr/local/rustup /usr/local/rustup
-ENV CARGO_HOME=/usr/local/cargo RUSTUP_HOME=/usr/local/rustup PATH=/usr/local/cargo/bin:/usr/local/cuda/bin:$PATH
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/*
+FROM ${RUST_IMAGE} AS build
 WORKDIR /src
 COPY Cargo.toml Cargo.lock ./
 COPY crates crates

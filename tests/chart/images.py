@@ -123,6 +123,19 @@ def an_image_is_not_root_and_starts_the_binary_that_it_built():
 
 
 @check
+def what_an_image_can_be_built_with_are_features_of_its_package():
+    packages = json.loads(run("cargo", "metadata", "--no-deps", "--offline", "--format-version", "1", cwd=ROOT).stdout)
+    features = {package["name"]: set(package["features"]) for package in packages["packages"]}
+    for component, path in each():
+        # Those the build names, and those that the text above it says to give.
+        text = path.read_text()
+        named = re.findall(r'--features "?([\w,]+)', text) + re.findall(r"--build-arg FEATURES=([\w,]+)", text)
+        named = {name for names in named for name in names.split(",") if name}
+        assert named, f"{path.name} names no feature"
+        assert named <= features[f"cacheclip-{component}"], f"{path.name}: {named}"
+
+
+@check
 def every_base_image_has_a_default_and_can_be_replaced():
     for _, path in each():
         before, built = stages(path)

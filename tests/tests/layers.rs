@@ -14,7 +14,7 @@ const ROWS: [&[&str]; 7] = [
     &["cacheclip-client", "cacheclip-service", "cacheclip-model"],
     &["cacheclip-gateway", "cacheclip-gpu-worker", "cacheclip-aux-scorer", "cacheclip-cache-store"],
     &["cacheclip-bench"],
-    &["cacheclip"],
+    &["cacheclip", "cacheclip-gpu-check"],
     &["cacheclip-tests"],
 ];
 

@@ -18,6 +18,7 @@ pub mod page;
 mod panel;
 pub mod place;
 pub mod probe;
+pub mod random;
 pub mod rope;
 mod simd;
 mod tile;

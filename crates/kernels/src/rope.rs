@@ -18,9 +18,19 @@ pub struct Llama3Scaling {
     pub original_max_position: usize,
 }
 
+/// What a table of angles follows from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rotation {
+    head_dim: usize,
+    positions: usize,
+    theta: f64,
+    scaling: Option<Llama3Scaling>,
+}
+
 /// Cosines and sines for every position of a model, `[positions, head_dim / 2]` each.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
+    made_of: Rotation,
     half: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -39,7 +49,12 @@ impl RopeTable {
             (cos as f32, sin as f32)
         };
         let (cos, sin) = (0..positions * half).into_par_iter().map(turn).unzip();
-        Self { half, cos, sin }
+        Self { made_of: Rotation { head_dim, positions, theta, scaling }, half, cos, sin }
+    }
+
+    /// What it follows from: tables of the same are the same.
+    pub fn made_of(&self) -> Rotation {
+        self.made_of
     }
 
     /// Positions the table covers.

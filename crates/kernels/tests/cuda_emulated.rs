@@ -9,6 +9,8 @@
 mod compare;
 #[path = "cuda/host.rs"]
 mod host;
+#[path = "cuda/rows.rs"]
+mod rows;
 
 use cacheclip_kernels::cuda::Heads;
 use cacheclip_kernels::cuda::launch::{Address, Launch};
@@ -125,4 +127,24 @@ fn decode_is_the_cpus_attention_of_each_sequence() {
 #[test]
 fn probe_reports_the_cpus_probabilities() {
     on_each(&[false], compare::probe_reports_the_cpus_probabilities);
+}
+
+#[test]
+fn rows_are_gathered_biased_and_gated_as_the_cpu_does() {
+    on_each(&[false], rows::rows_are_gathered_biased_and_gated_as_the_cpu_does);
+}
+
+#[test]
+fn norms_are_the_cpus_norms() {
+    on_each(&[false], rows::norms_are_the_cpus_norms);
+}
+
+#[test]
+fn keys_and_values_leave_as_they_are_stored() {
+    on_each(&[false], rows::keys_and_values_leave_as_they_are_stored);
+}
+
+#[test]
+fn random_weights_are_the_hosts_bit_for_bit() {
+    on_each(&[false], rows::random_weights_are_the_hosts_bit_for_bit);
 }

@@ -7,13 +7,15 @@
 
 #[path = "cuda/compare.rs"]
 mod compare;
+#[path = "cuda/rows.rs"]
+mod rows;
 
 use cacheclip_kernels::cuda::Heads;
 use cacheclip_kernels::cuda::device::{DeviceError, Gpu, Toolkit};
 use cacheclip_kernels::cuda::launch::{Address, Launch};
 use compare::{Machine, Memory};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Qwen2.5-14B's, 7B's and 0.5B's attention, and the tiny pair's.
@@ -59,15 +61,18 @@ impl Memory for DeviceMemory<'_> {
 
 /// Opens the first GPU for a model, or says why there is none.
 fn open(heads: Heads) -> Option<Device> {
-    let libraries = std::env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("lib"));
-    let toolkit =
-        Toolkit { libraries, kept: Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cuda-gpu")) };
+    // Where a program for another machine finds what lies elsewhere there: `scripts/cuda-build`.
+    let named = |variable| std::env::var_os(variable).map(PathBuf::from);
+    let libraries = named("CUDA_LIBRARIES").or_else(|| named("CUDA_HOME").map(|home| home.join("lib")));
+    let kept =
+        named("CUDA_KERNELS").or_else(|| Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-gpu")));
+    let toolkit = Toolkit { libraries, kept };
     match Gpu::open(0, heads, &toolkit) {
         Ok(gpu) => {
             let stream = gpu.context().new_stream().unwrap();
             Some(Device { gpu, stream })
         }
-        Err(error @ DeviceError::NoDriver) if std::env::var_os("NEED_GPU").is_none() => {
+        Err(error @ DeviceError::NoDevice(_)) if std::env::var_os("NEED_GPU").is_none() => {
             eprintln!("skipped: {error}");
             None
         }
@@ -105,4 +110,24 @@ fn decode_is_the_cpus_attention_of_each_sequence() {
 #[test]
 fn probe_reports_the_cpus_probabilities() {
     on_each(compare::probe_reports_the_cpus_probabilities);
+}
+
+#[test]
+fn rows_are_gathered_biased_and_gated_as_the_cpu_does() {
+    on_each(rows::rows_are_gathered_biased_and_gated_as_the_cpu_does);
+}
+
+#[test]
+fn norms_are_the_cpus_norms() {
+    on_each(rows::norms_are_the_cpus_norms);
+}
+
+#[test]
+fn keys_and_values_leave_as_they_are_stored() {
+    on_each(rows::keys_and_values_leave_as_they_are_stored);
+}
+
+#[test]
+fn random_weights_are_the_hosts_bit_for_bit() {
+    on_each(rows::random_weights_are_the_hosts_bit_for_bit);
 }

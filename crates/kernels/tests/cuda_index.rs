@@ -5,8 +5,8 @@
 #[path = "cuda/host.rs"]
 mod host;
 
-use cacheclip_kernels::cuda::Heads;
 use cacheclip_kernels::cuda::launch::{self, Attended, Paged, Parts, Rows, Stored};
+use cacheclip_kernels::cuda::{Heads, rows};
 use cacheclip_kernels::page::{HeadShape, PAGE_TOKENS, pages_for};
 use half::{bf16, f16};
 use host::Host;
@@ -224,7 +224,7 @@ fn lanes_name_rows_of_matrices_in_the_order_of_registers() {
 #[test]
 fn launches_have_the_constants_of_the_kernels() {
     let Some(host) = host() else { return };
-    let all = call!(host, constants() -> [u32; 15]);
+    let all = call!(host, constants() -> [u32; 17]);
     let pages = Paged { pool: 16, tables: 16, stride: 0 };
     let rows = Rows { data: 16, stride: HEADS.row(), positions: 16, count: 1 };
     let (parts, to) = (Parts { sums: 16, stats: 16, splits: 1 }, Attended { out: 16, logs: 0 });
@@ -247,6 +247,8 @@ fn launches_have_the_constants_of_the_kernels() {
         launch::probe(HEADS, pages, rows, 1, 16, cacheclip_kernels::probe::Reduce::Mean, 16).threads,
         attend.shared,
         decode.shared,
+        rows::ROWS_THREADS,
+        rows::norm(16, 16, (1, 8), 0.0, 16).shared,
     ];
     assert_eq!(all, expected);
     // A warp to a vector, a page to a warp.

@@ -3,20 +3,16 @@
 //! Three equalities with full prefill, on this machine, with these weights: a repaired prompt whose every row
 //! was recomputed, a prompt whose head came from stored KV, and stored keys rotated to where they would have
 //! been computed. Two negative controls — stale KV left unrepaired, keys rotated by another base — must miss
-//! by a hundred times the tolerance, so that a check which cannot fail is noticed. No certificate, no reuse.
+//! by far more than the device's tolerance ([`Precision`]), so that a check which cannot fail is noticed. No certificate,
+//! no reuse.
 
 use crate::decoder::{Decoder, Logits, Pass};
-use crate::device::Device;
+use crate::device::{Device, Precision};
 use crate::error::Error;
 use crate::kv::{ChunkKv, Export};
 use crate::pages::Allocator;
 use cacheclip_kernels::page::pages_for;
 use std::fmt;
-
-/// Relative error that rounding may cause: largest difference over largest magnitude of the logits.
-pub const TOLERANCE: f32 = 1e-4;
-/// What a negative control must exceed.
-pub const CONTROL: f32 = 100.0 * TOLERANCE;
 
 /// Passed checks with the relative error of each.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,11 +46,12 @@ pub fn relative_error(a: &[f32], b: &[f32]) -> f32 {
 /// [`Error::Certificate`] with the first check that failed, or a device fault.
 pub fn certify<D: Device>(decoder: &Decoder<D>) -> Result<Certificate, Error> {
     let bench = Bench::new(decoder)?;
+    let Precision { tolerance, control: least } = decoder.device().precision();
     let mut checks = Vec::new();
     let mut check = |name, error: f32, control: bool| {
-        let passed = if control { error > CONTROL } else { error < TOLERANCE };
+        let passed = if control { error > least } else { error < tolerance };
         checks.push((name, error));
-        let limit = if control { CONTROL } else { TOLERANCE };
+        let limit = if control { least } else { tolerance };
         if passed { Ok(()) } else { Err(Error::Certificate { check: name, error, limit }) }
     };
     let full = bench.full()?;

@@ -1,10 +1,10 @@
 //! The CPU device: `f32` activations in plain vectors, kernels from `cacheclip-kernels`.
 
 use crate::buffers::Buffer;
-use crate::decoder::{Decoder, Layer, Weights};
 use crate::device::{At, Device, Geometry, Look};
 use crate::error::Error;
 use crate::kv::{ChunkKv, LayerKv};
+use crate::weights::Values;
 use cacheclip_kernels::attend::{Queries, attend_each, attend_rows};
 use cacheclip_kernels::matrix::Matrix;
 use cacheclip_kernels::ops;
@@ -13,7 +13,6 @@ use cacheclip_kernels::place::{StoredLayer, place, scatter};
 use cacheclip_kernels::probe::{self, attend_and_look, probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use rayon::prelude::*;
-use std::sync::Arc;
 
 /// Rows that one thread norms the heads of: fewer are not worth handing over.
 const NORM_ROWS: usize = 32;
@@ -91,8 +90,12 @@ impl Device for Cpu {
         rayon::scope(|_| work())
     }
 
-    fn matrix(&self, data: Vec<f32>, outputs: usize, inputs: usize) -> Result<Matrix, Error> {
-        Ok(Matrix::new(data, outputs, inputs))
+    fn matrix(&self, parts: Vec<Values>, outputs: usize, inputs: usize) -> Result<Matrix, Error> {
+        Ok(Matrix::new(Values::join(parts), outputs, inputs))
+    }
+
+    fn matrix_bytes(&self, matrix: &Matrix) -> usize {
+        matrix.bytes()
     }
 
     fn vector(&self, data: Vec<f32>) -> Result<Vec<f32>, Error> {
@@ -105,54 +108,66 @@ impl Device for Cpu {
         Ok(Pages { layers, shape })
     }
 
-    fn embed(&self, table: &Matrix, ids: &[u32]) -> Rows {
+    fn embed(&self, table: &Matrix, ids: &[u32]) -> Result<Rows, Error> {
         let mut rows = Rows::new(ids.len(), table.inputs());
         for (into, &id) in rows.data.chunks_exact_mut(table.inputs()).zip(ids) {
             table.row_into(id as usize, into);
         }
-        rows
+        Ok(rows)
     }
 
-    fn norm(&self, x: &Rows, weight: &Vec<f32>, eps: f32) -> Rows {
+    fn norm(&self, x: &Rows, weight: &Vec<f32>, eps: f32) -> Result<Rows, Error> {
         let mut out = Rows::new(x.rows(), x.width);
         ops::rms_norm(&x.data, weight, eps, &mut out.data);
-        out
+        Ok(out)
     }
 
-    fn project(&self, x: &Rows, weight: &Matrix) -> Rows {
+    fn project(&self, x: &Rows, weight: &Matrix) -> Result<Rows, Error> {
         let mut out = Rows::new(x.rows(), weight.outputs());
         weight.project(&x.data, &mut out.data);
-        out
+        Ok(out)
     }
 
-    fn project_add(&self, out: &mut Rows, x: &Rows, weight: &Matrix) {
+    fn project_add(&self, out: &mut Rows, x: &Rows, weight: &Matrix) -> Result<(), Error> {
         weight.project_add(&x.data, &mut out.data);
+        Ok(())
     }
 
-    fn add_bias(&self, x: &mut Rows, bias: &Vec<f32>) {
+    fn add_bias(&self, x: &mut Rows, bias: &Vec<f32>) -> Result<(), Error> {
         ops::add_bias(&mut x.data, bias);
+        Ok(())
     }
 
-    fn gate(&self, gate_up: &Rows) -> Rows {
+    fn gate(&self, gate_up: &Rows) -> Result<Rows, Error> {
         let width = gate_up.width / 2;
         let mut out = Rows::new(gate_up.rows(), width);
         ops::silu_gate(&gate_up.data, width, &mut out.data);
-        out
+        Ok(out)
     }
 
-    fn take(&self, x: &Rows, rows: &[usize]) -> Rows {
+    fn take(&self, x: &Rows, rows: &[usize]) -> Result<Rows, Error> {
         let mut taken = Rows::new(rows.len(), x.width);
         for (into, &row) in taken.data.chunks_exact_mut(x.width).zip(rows) {
             into.copy_from_slice(&x.data[row * x.width..(row + 1) * x.width]);
         }
-        taken
+        Ok(taken)
     }
 
-    fn read(&self, x: &Rows, out: &mut Vec<f32>) {
-        out.extend_from_slice(&x.data);
+    fn logits(&self, x: &Rows, weight: &Matrix, out: &mut Vec<f32>) -> Result<(), Error> {
+        let first = out.len();
+        out.resize(first + x.rows() * weight.outputs(), 0.0);
+        weight.project(&x.data, &mut out[first..]);
+        Ok(())
     }
 
-    fn norm_heads(&self, qkv: &mut Rows, geometry: &Geometry, query: &Vec<f32>, key: &Vec<f32>, eps: f32) {
+    fn norm_heads(
+        &self,
+        qkv: &mut Rows,
+        geometry: &Geometry,
+        query: &Vec<f32>,
+        key: &Vec<f32>,
+        eps: f32,
+    ) -> Result<(), Error> {
         let normed = geometry.heads + geometry.kv_heads;
         let buffer = || vec![0.0; geometry.head_dim];
         let row = |before: &mut Vec<f32>, row: &mut [f32]| {
@@ -162,9 +177,10 @@ impl Device for Cpu {
             }
         };
         qkv.data.par_chunks_exact_mut(qkv.width).with_min_len(NORM_ROWS).for_each_init(buffer, row);
+        Ok(())
     }
 
-    fn export(&self, qkv: &Rows, geometry: &Geometry) -> LayerKv {
+    fn export(&self, qkv: &Rows, geometry: &Geometry) -> Result<LayerKv, Error> {
         let (dim, tokens) = (geometry.head_dim, qkv.rows());
         let mut data = Vec::with_capacity(2 * geometry.kv_heads * tokens * dim);
         for head in geometry.heads..geometry.heads + 2 * geometry.kv_heads {
@@ -172,7 +188,7 @@ impl Device for Cpu {
                 data.extend_from_slice(&row[head * dim..(head + 1) * dim]);
             }
         }
-        LayerKv { data, tokens }
+        Ok(LayerKv::new(data, tokens))
     }
 
     fn place(
@@ -183,7 +199,8 @@ impl Device for Cpu {
         start: usize,
         rope: &RopeTable,
     ) -> Result<(), Error> {
-        let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
+        let (k, v) = (kv.k(), kv.v());
+        let stored = StoredLayer { k: &k, v: &v, tokens: kv.tokens };
         place(pages.layers[at.layer].get_mut(), at.table, pages.shape, stored, start, rope);
         Ok(())
     }
@@ -199,7 +216,8 @@ impl Device for Cpu {
         let shape = pages.shape;
         pages.layers.par_iter_mut().enumerate().for_each(|(layer, pool)| {
             let Some(kv) = kv.layer(layer) else { return };
-            let stored = StoredLayer { k: kv.k(), v: kv.v(), tokens: kv.tokens };
+            let (k, v) = (kv.k(), kv.v());
+            let stored = StoredLayer { k: &k, v: &v, tokens: kv.tokens };
             place(pool.get_mut(), table, shape, stored, start, rope);
         });
         Ok(())
@@ -226,11 +244,11 @@ impl Device for Cpu {
         qkv: &Rows,
         geometry: &Geometry,
         positions: &[u32],
-    ) -> Rows {
+    ) -> Result<Rows, Error> {
         let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
         let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
         attend_rows(&pages.view(at), queries, &mut out.data);
-        out
+        Ok(out)
     }
 
     fn scatter_each(
@@ -259,14 +277,20 @@ impl Device for Cpu {
         qkv: &Rows,
         geometry: &Geometry,
         positions: &[u32],
-    ) -> Rows {
+    ) -> Result<Rows, Error> {
         let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
         let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
         attend_each(|row| pages.view(At { layer, table: tables[row] }), queries, &mut out.data);
-        out
+        Ok(out)
     }
 
-    fn probe(&self, pages: &Pages, look: Look<'_>, qkv: &Rows, geometry: &Geometry) -> Vec<f32> {
+    fn probe(
+        &self,
+        pages: &Pages,
+        look: Look<'_>,
+        qkv: &Rows,
+        geometry: &Geometry,
+    ) -> Result<Vec<f32>, Error> {
         let queries = Queries {
             data: &qkv.data[look.first * qkv.width..],
             stride: qkv.width,
@@ -274,10 +298,10 @@ impl Device for Cpu {
             positions: &look.positions[look.first..],
         };
         let view = pages.view(look.at);
-        match look.rows {
+        Ok(match look.rows {
             Some(rows) => probe(&view, queries, look.columns, look.heads, rows),
             None => probe_rows(&view, queries, look.columns, look.heads),
-        }
+        })
     }
 
     fn attend_and_look(
@@ -286,25 +310,13 @@ impl Device for Cpu {
         look: Look<'_>,
         qkv: &Rows,
         geometry: &Geometry,
-    ) -> (Rows, Vec<f32>) {
+    ) -> Result<(Rows, Vec<f32>), Error> {
         let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
         let Look { at, first, positions, columns, heads, rows } = look;
         let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
         let look = probe::Look { first, columns, heads, rows };
         let values = attend_and_look(&pages.view(at), queries, look, &mut out.data);
-        (out, values)
-    }
-}
-
-impl Decoder<Cpu> {
-    /// Bytes of the weights in memory, a table that is used twice counted once.
-    pub fn weight_bytes(&self) -> usize {
-        let Weights { embedding, layers, head, .. } = &*self.weights;
-        let layer = |it: &Layer<Cpu>| {
-            [&it.qkv, &it.output, &it.gate_up, &it.down].into_iter().map(Matrix::bytes).sum::<usize>()
-        };
-        let head = if Arc::ptr_eq(embedding, head) { 0 } else { head.bytes() };
-        embedding.bytes() + head + layers.iter().map(layer).sum::<usize>()
+        Ok((out, values))
     }
 }
 

@@ -3,8 +3,8 @@
 use crate::config::Config;
 use crate::device::{At, Device, Geometry, Look};
 use crate::error::Error;
-use crate::kv::{ChunkKv, Export};
-use crate::walk::{BLOCK_ROWS, Collect};
+use crate::kv::{ChunkKv, Export, LayerKv};
+use crate::walk::Collect;
 use cacheclip_kernels::probe::Reduce;
 use cacheclip_kernels::rope::RopeTable;
 use std::ops::Range;
@@ -194,6 +194,22 @@ impl<D: Device> Decoder<D> {
         Self { rope: Arc::new(rope), ..self.clone() }
     }
 
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Bytes of its weight matrices on the device, a table that is used twice counted once.
+    pub fn weight_bytes(&self) -> usize {
+        let Weights { embedding, layers, head, .. } = &*self.weights;
+        let bytes = |matrix: &D::Matrix| self.device.matrix_bytes(matrix);
+        let layer = |it: &Layer<D>| {
+            [&it.qkv, &it.output, &it.gate_up, &it.down].into_iter().map(bytes).sum::<usize>()
+        };
+        let head = if Arc::ptr_eq(embedding, head) { 0 } else { bytes(head) };
+        bytes(embedding) + head + layers.iter().map(layer).sum::<usize>()
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &Config {
         &self.config
@@ -227,6 +243,19 @@ impl<D: Device> Decoder<D> {
         self.device.place_layers(pages, table, kv, start, &self.rope)
     }
 
+    /// Places sections at their positions, all layers.
+    ///
+    /// # Errors
+    /// A device fault.
+    pub fn place_all(
+        &self,
+        pages: &mut D::Pages,
+        table: &[u32],
+        sections: &[(&ChunkKv, usize)],
+    ) -> Result<(), Error> {
+        self.device.place_all(pages, table, sections, &self.rope)
+    }
+
     /// Places one layer of a section, for callers that place layer by layer.
     ///
     /// # Errors
@@ -235,10 +264,23 @@ impl<D: Device> Decoder<D> {
         &self,
         pages: &mut D::Pages,
         at: At<'_>,
-        kv: &crate::kv::LayerKv,
+        kv: &LayerKv,
         start: usize,
     ) -> Result<(), Error> {
         self.device.place(pages, at, kv, start, &self.rope)
+    }
+
+    /// As [`place_layer`](Self::place_layer), of several sections.
+    ///
+    /// # Errors
+    /// A device fault.
+    pub fn place_sections(
+        &self,
+        pages: &mut D::Pages,
+        at: At<'_>,
+        sections: &[(&LayerKv, usize)],
+    ) -> Result<(), Error> {
+        self.device.place_sections(pages, at, sections, &self.rope)
     }
 
     /// Computes the rows of `pass`: at each layer their K/V are scattered first, then they attend to the
@@ -249,12 +291,12 @@ impl<D: Device> Decoder<D> {
     /// A device fault.
     pub fn forward(&self, pages: &mut D::Pages, pass: Pass<'_>) -> Result<Vec<f32>, Error> {
         let Pass { ids, positions, table, logits, mut export, mut probe } = pass;
-        let mut walk = self.walk(ids, positions.to_vec(), logits, BLOCK_ROWS);
+        let mut walk = self.walk(ids, positions.to_vec(), logits, self.device.block_rows())?;
         while !walk.done() {
             let collect = Collect { export: export.as_deref_mut(), probe: probe.as_deref_mut() };
             self.step(pages, &mut walk, table, collect)?;
         }
-        Ok(self.logits(walk))
+        self.logits(walk)
     }
 
     /// Attends all rows of `qkv` at a layer, and adds their attention to `probe` if it looks there.
@@ -265,14 +307,14 @@ impl<D: Device> Decoder<D> {
         qkv: &D::Rows,
         positions: &[u32],
         probe: Option<&mut Probe>,
-    ) -> D::Rows {
+    ) -> Result<D::Rows, Error> {
         let (device, geometry) = (&*self.device, self.geometry());
         match probe.and_then(|probe| Some((probe.look(at, positions)?, probe))) {
             None => device.attend_rows(pages, at, qkv, &geometry, positions),
             Some((look, probe)) => {
-                let (attended, values) = device.attend_and_look(pages, look, qkv, &geometry);
+                let (attended, values) = device.attend_and_look(pages, look, qkv, &geometry)?;
                 probe.add(&values, positions.len() - look.first);
-                attended
+                Ok(attended)
             }
         }
     }
@@ -285,10 +327,11 @@ impl<D: Device> Decoder<D> {
         qkv: &D::Rows,
         positions: &[u32],
         probe: &mut Probe,
-    ) {
+    ) -> Result<(), Error> {
         if let Some(look) = probe.look(at, positions) {
-            let values = self.device.probe(pages, look, qkv, &self.geometry());
+            let values = self.device.probe(pages, look, qkv, &self.geometry())?;
             probe.add(&values, positions.len() - look.first);
         }
+        Ok(())
     }
 }

@@ -3,10 +3,15 @@
 //! Five operations carry the method: [`project`](Device::project), [`place`](Device::place),
 //! [`scatter`](Device::scatter), [`attend_rows`](Device::attend_rows) and [`probe`](Device::probe). The rest
 //! is elementwise. Activations, weights and pages are opaque: what lives on a device stays there until
-//! [`read`](Device::read) or [`export`](Device::export).
+//! [`logits`](Device::logits), [`export`](Device::export) or [`probe`](Device::probe).
+//!
+//! Everything may fail: a device can run out of memory for one request and go on with the others.
 
 use crate::error::Error;
-use crate::kv::{ChunkKv, LayerKv};
+use crate::kv::{ChunkKv, HostPool, LayerKv};
+use crate::walk::BLOCK_ROWS;
+use crate::weights::Values;
+use cacheclip_chunk::Dtype;
 use cacheclip_kernels::probe::Reduce;
 use cacheclip_kernels::rope::RopeTable;
 
@@ -39,6 +44,23 @@ pub struct At<'a> {
     pub table: &'a [u32],
 }
 
+/// How far two ways to the same logits may be apart: largest difference over largest magnitude.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Precision {
+    /// What rounding may cause.
+    pub tolerance: f32,
+    /// What a negative control must exceed.
+    pub control: f32,
+}
+
+impl Precision {
+    /// Of arithmetic in f32: a control misses by a hundred times the tolerance.
+    pub const F32: Self = Self { tolerance: 1e-4, control: 1e-2 };
+    /// Of activations, weights and KV in bf16, with sums in f32. Every product is rounded by up to 2⁻⁹, and ten of those may
+    /// add up; a mistake need not do much more, so that a control is asked for half as much again.
+    pub const BF16: Self = Self { tolerance: 2e-2, control: 3e-2 };
+}
+
 /// A compute device.
 pub trait Device: Send + Sync + 'static {
     /// Weights `[outputs, inputs]`.
@@ -55,11 +77,34 @@ pub trait Device: Send + Sync + 'static {
         work()
     }
 
-    /// Uploads a weight matrix, row-major.
+    /// Type of the KV it computes.
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+    /// How far two ways to the same result may be apart on it.
+    fn precision(&self) -> Precision {
+        Precision::F32
+    }
+    /// Rows of a block where nobody else waits for it: more would not make the products faster.
+    fn block_rows(&self) -> usize {
+        BLOCK_ROWS
+    }
+    /// Whether it is of no more use to this process: after a fault, every call would fail.
+    fn lost(&self) -> bool {
+        false
+    }
+    /// Where KV for it is kept on the host.
+    fn host(&self) -> HostPool {
+        HostPool::default()
+    }
+
+    /// Makes a weight matrix `[outputs, inputs]` of parts that lie one above the other, each row-major.
     ///
     /// # Errors
     /// The device is out of memory.
-    fn matrix(&self, data: Vec<f32>, outputs: usize, inputs: usize) -> Result<Self::Matrix, Error>;
+    fn matrix(&self, parts: Vec<Values>, outputs: usize, inputs: usize) -> Result<Self::Matrix, Error>;
+    /// Bytes that a weight matrix takes, in the device's memory.
+    fn matrix_bytes(&self, matrix: &Self::Matrix) -> usize;
     /// Uploads a weight vector.
     ///
     /// # Errors
@@ -72,24 +117,51 @@ pub trait Device: Send + Sync + 'static {
     fn pages(&self, geometry: &Geometry, count: usize) -> Result<Self::Pages, Error>;
 
     /// Embeddings of `ids`, `[ids, hidden]`.
-    fn embed(&self, table: &Self::Matrix, ids: &[u32]) -> Self::Rows;
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32]) -> Result<Self::Rows, Error>;
     /// Root-mean-square norm of each row.
-    fn norm(&self, x: &Self::Rows, weight: &Self::Vector, eps: f32) -> Self::Rows;
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn norm(&self, x: &Self::Rows, weight: &Self::Vector, eps: f32) -> Result<Self::Rows, Error>;
     /// `x · Wᵀ`.
-    fn project(&self, x: &Self::Rows, weight: &Self::Matrix) -> Self::Rows;
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn project(&self, x: &Self::Rows, weight: &Self::Matrix) -> Result<Self::Rows, Error>;
     /// `out += x · Wᵀ`.
-    fn project_add(&self, out: &mut Self::Rows, x: &Self::Rows, weight: &Self::Matrix);
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn project_add(&self, out: &mut Self::Rows, x: &Self::Rows, weight: &Self::Matrix) -> Result<(), Error>;
     /// `x += bias` in every row.
-    fn add_bias(&self, x: &mut Self::Rows, bias: &Self::Vector);
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn add_bias(&self, x: &mut Self::Rows, bias: &Self::Vector) -> Result<(), Error>;
     /// `silu(gate) · up` of rows that hold both halves.
-    fn gate(&self, gate_up: &Self::Rows) -> Self::Rows;
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn gate(&self, gate_up: &Self::Rows) -> Result<Self::Rows, Error>;
     /// The given rows of `x`.
-    fn take(&self, x: &Self::Rows, rows: &[usize]) -> Self::Rows;
-    /// Appends row-major values to `out`, on the host.
-    fn read(&self, x: &Self::Rows, out: &mut Vec<f32>);
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn take(&self, x: &Self::Rows, rows: &[usize]) -> Result<Self::Rows, Error>;
+    /// Appends `x · Wᵀ` to `out`, on the host, row-major and in f32.
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn logits(&self, x: &Self::Rows, weight: &Self::Matrix, out: &mut Vec<f32>) -> Result<(), Error>;
 
     /// Root-mean-square norm of every query head and every key head of freshly projected rows, in place and
     /// before [`export`](Self::export); values stay as they are.
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
     fn norm_heads(
         &self,
         qkv: &mut Self::Rows,
@@ -97,9 +169,12 @@ pub trait Device: Send + Sync + 'static {
         query: &Self::Vector,
         key: &Self::Vector,
         eps: f32,
-    );
+    ) -> Result<(), Error>;
     /// Position-free keys and values of freshly projected rows, before [`scatter`](Self::scatter).
-    fn export(&self, qkv: &Self::Rows, geometry: &Geometry) -> LayerKv;
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn export(&self, qkv: &Self::Rows, geometry: &Geometry) -> Result<LayerKv, Error>;
     /// Places stored KV at positions `start..`, rotating K.
     ///
     /// # Errors
@@ -112,6 +187,33 @@ pub trait Device: Send + Sync + 'static {
         start: usize,
         rope: &RopeTable,
     ) -> Result<(), Error>;
+    /// As [`place`](Self::place) for one layer of several sections of a sequence.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn place_sections(
+        &self,
+        pages: &mut Self::Pages,
+        at: At<'_>,
+        sections: &[(&LayerKv, usize)],
+        rope: &RopeTable,
+    ) -> Result<(), Error> {
+        sections.iter().try_for_each(|(kv, start)| self.place(pages, at, kv, *start, rope))
+    }
+    /// As [`place`](Self::place) for all layers of several sections of a sequence. A device that places beside computing
+    /// goes layer by layer, so that the first can be computed as soon as it is there.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn place_all(
+        &self,
+        pages: &mut Self::Pages,
+        table: &[u32],
+        sections: &[(&ChunkKv, usize)],
+        rope: &RopeTable,
+    ) -> Result<(), Error> {
+        sections.iter().try_for_each(|(kv, start)| self.place_layers(pages, table, kv, *start, rope))
+    }
     /// As [`place`](Self::place) for all layers of a section.
     ///
     /// # Errors
@@ -144,6 +246,9 @@ pub trait Device: Send + Sync + 'static {
     ) -> Result<(), Error>;
     /// Attention of the rotated queries of `qkv` over everything at or before their positions (ascending):
     /// `[rows, heads · head_dim]`.
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
     fn attend_rows(
         &self,
         pages: &Self::Pages,
@@ -151,7 +256,7 @@ pub trait Device: Send + Sync + 'static {
         qkv: &Self::Rows,
         geometry: &Geometry,
         positions: &[u32],
-    ) -> Self::Rows;
+    ) -> Result<Self::Rows, Error>;
     /// As [`scatter`](Self::scatter) where every row is of another sequence: row `i` goes to `tables[i]`.
     ///
     /// # Errors
@@ -168,6 +273,9 @@ pub trait Device: Send + Sync + 'static {
         rope: &RopeTable,
     ) -> Result<(), Error>;
     /// As [`attend_rows`](Self::attend_rows) where every row is of another sequence (positions in any order).
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
     fn attend_each(
         &self,
         pages: &Self::Pages,
@@ -176,21 +284,33 @@ pub trait Device: Send + Sync + 'static {
         qkv: &Self::Rows,
         geometry: &Geometry,
         positions: &[u32],
-    ) -> Self::Rows;
+    ) -> Result<Self::Rows, Error>;
     /// Attention probabilities of rows `first..` over columns `0..columns`, reduced over heads, then (where the look
     /// says how) over rows: `[columns]`, else `[rows, columns]`.
-    fn probe(&self, pages: &Self::Pages, look: Look<'_>, qkv: &Self::Rows, geometry: &Geometry) -> Vec<f32>;
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    fn probe(
+        &self,
+        pages: &Self::Pages,
+        look: Look<'_>,
+        qkv: &Self::Rows,
+        geometry: &Geometry,
+    ) -> Result<Vec<f32>, Error>;
     /// [`attend_rows`](Self::attend_rows) and [`probe`](Self::probe) of one pass: a device that can computes scores once
     /// for both.
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
     fn attend_and_look(
         &self,
         pages: &Self::Pages,
         look: Look<'_>,
         qkv: &Self::Rows,
         geometry: &Geometry,
-    ) -> (Self::Rows, Vec<f32>) {
-        let attended = self.attend_rows(pages, look.at, qkv, geometry, look.positions);
-        (attended, self.probe(pages, look, qkv, geometry))
+    ) -> Result<(Self::Rows, Vec<f32>), Error> {
+        let attended = self.attend_rows(pages, look.at, qkv, geometry, look.positions)?;
+        Ok((attended, self.probe(pages, look, qkv, geometry)?))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What can go wrong, by what the caller can do about it.
 
+use cacheclip_kernels::cuda::DeviceError;
 use std::path::PathBuf;
 
 /// An error of the model crate.
@@ -56,6 +57,12 @@ pub enum Error {
         /// Whose logit it is.
         token: usize,
     },
+    /// A CUDA device refused, ran out of memory, or was lost.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The device's memory is too small for what was asked of it.
+    #[error(transparent)]
+    TooLarge(#[from] crate::cuda::TooLarge),
     /// A tensor operation failed; a bug or a device fault.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

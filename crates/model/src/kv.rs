@@ -1,58 +1,142 @@
 //! KV on the host, as it is stored: position-free keys.
 
+pub use cacheclip_kernels::cuda::pinned::{HostBytes, HostPool};
+
+use half::bf16;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// One layer's keys and values: K `[kv_heads, tokens, head_dim]` before rotation, then V of the same shape.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct LayerKv {
-    /// K, then V.
-    pub data: Vec<f32>,
+    elements: Elements,
     /// Tokens in both.
     pub tokens: usize,
 }
 
+/// K, then V.
+#[derive(Clone, Debug)]
+pub enum Elements {
+    /// As the CPU computes them.
+    F32(Vec<f32>),
+    /// As CUDA devices compute them, little-endian, where a device can copy them from.
+    Bf16(Arc<HostBytes>),
+}
+
+impl PartialEq for LayerKv {
+    fn eq(&self, other: &Self) -> bool {
+        self.tokens == other.tokens
+            && match (&self.elements, &other.elements) {
+                (Elements::F32(a), Elements::F32(b)) => a == b,
+                (Elements::Bf16(a), Elements::Bf16(b)) => a[..] == b[..],
+                _ => false,
+            }
+    }
+}
+
+/// Of each of `heads` rows of `before` tokens, those of `kept`; a token is `width` elements.
+fn tokens_of<T: Copy>(data: &[T], before: usize, kept: std::ops::Range<usize>, width: usize) -> Vec<T> {
+    let heads = data.chunks_exact((before * width).max(1));
+    heads.flat_map(|head| &head[kept.start * width..kept.end * width]).copied().collect()
+}
+
 impl LayerKv {
+    /// Of f32 values, K then V.
+    pub fn new(data: Vec<f32>, tokens: usize) -> Self {
+        Self { elements: Elements::F32(data), tokens }
+    }
+
+    /// Of bf16 values, little-endian, K then V.
+    pub fn bf16(bytes: HostBytes, tokens: usize) -> Self {
+        Self { elements: Elements::Bf16(Arc::new(bytes)), tokens }
+    }
+
+    /// What it is made of.
+    pub fn elements(&self) -> &Elements {
+        &self.elements
+    }
+
+    /// All values: K, then V.
+    pub fn values(&self) -> Cow<'_, [f32]> {
+        match &self.elements {
+            Elements::F32(values) => Cow::Borrowed(values),
+            Elements::Bf16(bytes) => {
+                let (pairs, _) = bytes.as_chunks::<2>();
+                Cow::Owned(pairs.iter().map(|pair| bf16::from_le_bytes(*pair).to_f32()).collect())
+            }
+        }
+    }
+
+    fn half(&self, upper: bool) -> Cow<'_, [f32]> {
+        let of = |values: &[f32]| {
+            let middle = values.len() / 2;
+            if upper { middle..values.len() } else { 0..middle }
+        };
+        match self.values() {
+            Cow::Borrowed(values) => Cow::Borrowed(&values[of(values)]),
+            Cow::Owned(values) => Cow::Owned(values[of(&values)].to_vec()),
+        }
+    }
+
     /// Position-free keys, `[kv_heads, tokens, head_dim]`.
-    pub fn k(&self) -> &[f32] {
-        &self.data[..self.data.len() / 2]
+    pub fn k(&self) -> Cow<'_, [f32]> {
+        self.half(false)
     }
 
     /// Values, `[kv_heads, tokens, head_dim]`.
-    pub fn v(&self) -> &[f32] {
-        &self.data[self.data.len() / 2..]
+    pub fn v(&self) -> Cow<'_, [f32]> {
+        self.half(true)
+    }
+
+    /// Bytes held in memory.
+    pub fn bytes(&self) -> usize {
+        match &self.elements {
+            Elements::F32(values) => size_of_val(&values[..]),
+            Elements::Bf16(bytes) => bytes.len(),
+        }
+    }
+
+    fn part(&self, kept: std::ops::Range<usize>, head_dim: usize) -> Self {
+        let tokens = kept.len();
+        match &self.elements {
+            Elements::F32(values) => Self::new(tokens_of(values, self.tokens, kept, head_dim), tokens),
+            Elements::Bf16(bytes) => {
+                let part = tokens_of(&bytes[..], self.tokens, kept, 2 * head_dim);
+                Self::bf16(bytes.beside(&part), tokens)
+            }
+        }
     }
 
     /// Tokens `first..` only: what is left of anchor + chunk when the anchor is stripped.
     pub fn strip(&self, first: usize, head_dim: usize) -> Self {
-        let kept = self.tokens - first;
-        let heads = self.data.len() / (self.tokens * head_dim);
-        let mut data = Vec::with_capacity(heads * kept * head_dim);
-        for head in self.data.chunks_exact(self.tokens * head_dim) {
-            data.extend_from_slice(&head[first * head_dim..]);
-        }
-        Self { data, tokens: kept }
+        self.part(first..self.tokens, head_dim)
     }
 
     /// One token only.
     pub fn token(&self, index: usize, head_dim: usize) -> Self {
-        let heads = self.data.chunks_exact(self.tokens * head_dim);
-        let data = heads.flat_map(|head| &head[index * head_dim..(index + 1) * head_dim]).copied().collect();
-        Self { data, tokens: 1 }
+        self.part(index..index + 1, head_dim)
     }
 
-    /// Appends `next`'s tokens behind this layer's.
+    /// Appends `next`'s tokens, of the same type, behind this layer's.
     fn append(&mut self, next: &Self, head_dim: usize) {
-        let (a, b) = (self.tokens * head_dim, next.tokens * head_dim);
-        if a == 0 {
+        if self.tokens == 0 {
             *self = next.clone();
             return;
         }
-        let mut data = Vec::with_capacity(self.data.len() + next.data.len());
-        for (ours, theirs) in self.data.chunks_exact(a).zip(next.data.chunks_exact(b)) {
-            data.extend_from_slice(ours);
-            data.extend_from_slice(theirs);
+        fn joined<T: Copy>(a: &[T], b: &[T], (of_a, of_b): (usize, usize)) -> Vec<T> {
+            let heads = a.chunks_exact(of_a.max(1)).zip(b.chunks_exact(of_b.max(1)));
+            heads.flat_map(|(ours, theirs)| ours.iter().chain(theirs)).copied().collect()
         }
-        *self = Self { data, tokens: self.tokens + next.tokens };
+        let tokens = self.tokens + next.tokens;
+        let lengths = |width: usize| (self.tokens * width, next.tokens * width);
+        let appended = match (&self.elements, &next.elements) {
+            (Elements::F32(a), Elements::F32(b)) => Self::new(joined(a, b, lengths(head_dim)), tokens),
+            (Elements::Bf16(a), Elements::Bf16(b)) => {
+                Self::bf16(a.beside(&joined(a, b, lengths(2 * head_dim))), tokens)
+            }
+            _ => unreachable!("a device exports KV of one type"),
+        };
+        *self = appended;
     }
 }
 
@@ -102,7 +186,7 @@ impl ChunkKv {
 
     /// Bytes held in memory.
     pub fn bytes(&self) -> usize {
-        self.layers().map(|layer| layer.data.len() * size_of::<f32>()).sum()
+        self.layers().map(LayerKv::bytes).sum()
     }
 }
 
@@ -137,18 +221,26 @@ mod tests {
     #[test]
     fn what_is_appended_and_stripped_is_what_was_there() {
         // Two heads (one of K, one of V), head_dim 1.
-        let ab = LayerKv { data: vec![1.0, 2.0, 11.0, 12.0], tokens: 2 };
-        let c = LayerKv { data: vec![3.0, 13.0], tokens: 1 };
-        let mut all = ab;
-        all.append(&c, 1);
-        assert_eq!(all.data, [1.0, 2.0, 3.0, 11.0, 12.0, 13.0]);
-        assert_eq!(all.strip(2, 1), c);
-        assert_eq!(all.token(1, 1), LayerKv { data: vec![2.0, 12.0], tokens: 1 });
+        let f32 = |values: &[f32], tokens| LayerKv::new(values.to_vec(), tokens);
+        let bf16 = |values: &[f32], tokens| {
+            let bytes: Vec<u8> = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+            LayerKv::bf16(HostPool::default().copy(&bytes), tokens)
+        };
+        for of in [&f32 as &dyn Fn(&[f32], usize) -> LayerKv, &bf16] {
+            let mut all = of(&[1.0, 2.0, 11.0, 12.0], 2);
+            let c = of(&[3.0, 13.0], 1);
+            all.append(&c, 1);
+            assert_eq!(*all.values(), [1.0, 2.0, 3.0, 11.0, 12.0, 13.0]);
+            assert_eq!((&*all.k(), &*all.v()), (&[1.0, 2.0, 3.0][..], &[11.0, 12.0, 13.0][..]));
+            assert_eq!(all.strip(2, 1), c);
+            assert_eq!(all.token(1, 1), of(&[2.0, 12.0], 1));
+        }
+        assert_ne!(f32(&[1.0, 2.0], 1), bf16(&[1.0, 2.0], 1), "another type is another encoding");
     }
 
     #[test]
     fn kv_is_in_use_as_long_as_somebody_else_has_it() {
-        let kv = ChunkKv::new(vec![LayerKv { data: vec![1.0; 4], tokens: 2 }]);
+        let kv = ChunkKv::new(vec![LayerKv::new(vec![1.0; 4], 2)]);
         assert_eq!((kv.tokens(), kv.bytes(), kv.in_use()), (2, 16, false));
         let reader = kv.clone();
         assert!(kv.in_use() && reader.in_use());

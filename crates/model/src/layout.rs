@@ -1,10 +1,11 @@
 //! Between KV as a decoder computes it and KV as containers hold it: its layout, and its bytes.
 
 use crate::config::Config;
-use crate::kv::{ChunkKv, LayerKv};
+use crate::kv::{ChunkKv, Elements, HostPool, LayerKv};
 use cacheclip_chunk::{Dtype, KvShape, LayoutSpec, Llama3Scaling, RopeSpec};
+use half::f16;
 
-/// The layout of KV computed with these weights and this tokenizer.
+/// The layout of KV computed in f32 with these weights and this tokenizer.
 pub fn spec(config: &Config, weights: [u8; 32], tokenizer: [u8; 32]) -> LayoutSpec {
     let scaling = config.rope_scaling.map(|s| Llama3Scaling {
         factor: s.factor,
@@ -36,14 +37,29 @@ fn computed_with(weights: [u8; 32], config: &Config) -> [u8; 32] {
 
 /// Every layer's little-endian bytes, as [`cacheclip_chunk::Parts`] takes them.
 pub fn to_bytes(kv: &ChunkKv) -> Vec<Vec<u8>> {
-    let layer = |layer: &LayerKv| layer.data.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let layer = |layer: &LayerKv| match layer.elements() {
+        Elements::F32(values) => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        Elements::Bf16(bytes) => bytes.to_vec(),
+    };
     kv.layers().map(layer).collect()
 }
 
-/// A layer from its little-endian bytes. Bytes of a network buffer need not be aligned for `f32`.
+/// A layer of f32 from its little-endian bytes. Bytes of a network buffer need not be aligned for `f32`.
 pub fn layer(bytes: &[u8], tokens: usize) -> LayerKv {
     let (words, _) = bytes.as_chunks::<4>();
-    LayerKv { data: words.iter().map(|word| f32::from_le_bytes(*word)).collect(), tokens }
+    LayerKv::new(words.iter().map(|word| f32::from_le_bytes(*word)).collect(), tokens)
+}
+
+/// A layer of a type from its little-endian bytes, in `pool` where a device will copy it from there.
+pub fn layer_of(dtype: Dtype, bytes: &[u8], tokens: usize, pool: &HostPool) -> LayerKv {
+    match dtype {
+        Dtype::F32 => layer(bytes, tokens),
+        Dtype::Bf16 => LayerKv::bf16(pool.copy(bytes), tokens),
+        Dtype::F16 => {
+            let (pairs, _) = bytes.as_chunks::<2>();
+            LayerKv::new(pairs.iter().map(|pair| f16::from_le_bytes(*pair).to_f32()).collect(), tokens)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -52,9 +68,13 @@ mod tests {
 
     #[test]
     fn bytes_and_back_give_the_same_values() {
-        let kv = LayerKv { data: vec![1.5, -0.0, f32::MIN_POSITIVE, -3e30], tokens: 2 };
+        let kv = LayerKv::new(vec![1.5, -0.0, f32::MIN_POSITIVE, -3e30], 2);
         let bytes = to_bytes(&ChunkKv::new(vec![kv.clone()]));
         assert_eq!(layer(&bytes[0], 2), kv);
+        let pool = HostPool::default();
+        let narrow = layer_of(Dtype::Bf16, &[0xc0, 0x3f, 0, 0x80], 1, &pool);
+        assert_eq!(*narrow.values(), [1.5, -0.0]);
+        assert_eq!(to_bytes(&ChunkKv::new(vec![narrow]))[0], [0xc0, 0x3f, 0, 0x80]);
         assert_eq!(bytes[0][..4], 1.5f32.to_le_bytes());
     }
 

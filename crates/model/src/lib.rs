@@ -5,7 +5,10 @@
 //!    │  project · place · scatter · attend_rows · probe
 //! Device (the seam)                       device
 //!    │
-//! Cpu (pages of f32, cacheclip-kernels)   cpu          … a CUDA device stands beside it, not above it
+//! Cpu (pages of f32)      cpu
+//! Cuda (pages of bf16)    cuda
+//!    │
+//! cacheclip-kernels
 //! ```
 //!
 //! Keys leave and enter a decoder **before** rotation ([`kv::ChunkKv`]), so that one chunk's KV serves at
@@ -15,6 +18,7 @@ mod buffers;
 pub mod certificate;
 pub mod config;
 pub mod cpu;
+pub mod cuda;
 pub mod decoder;
 pub mod device;
 mod error;
@@ -24,6 +28,7 @@ pub mod load;
 pub mod pages;
 pub mod sample;
 pub mod walk;
+pub mod weights;
 
 pub use cacheclip_kernels::probe::Reduce;
 pub use cacheclip_kernels::vectors;

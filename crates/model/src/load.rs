@@ -4,8 +4,8 @@ use crate::config::Config;
 use crate::decoder::{Decoder, HeadNorms, Layer, Weights};
 use crate::device::Device;
 use crate::error::Error;
+use crate::weights::Values;
 use candle_core::{DType, Tensor};
-use rayon::prelude::*;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::Read as _;
@@ -27,6 +27,17 @@ pub enum Source {
 }
 
 impl Source {
+    /// The model's shape.
+    ///
+    /// # Errors
+    /// As [`Config::from_dir`].
+    pub fn config(&self) -> Result<Config, Error> {
+        match self {
+            Self::Dir(dir) => Config::from_dir(dir),
+            Self::Random { config, .. } => Ok(config.clone()),
+        }
+    }
+
     /// The directory, or random weights of the shape that is named instead (see [`Config::SHAPES`]).
     ///
     /// # Errors
@@ -47,7 +58,7 @@ pub struct Loaded<D: Device> {
     pub weights_digest: [u8; 32],
 }
 
-/// Loads `source` onto `device`. The arithmetic is f32, whatever the files hold.
+/// Loads `source` onto `device`. The arithmetic is the device's, whatever the files hold.
 ///
 /// # Errors
 /// Files missing or unreadable, a family or feature that is not supported, weights that do not fit.
@@ -81,55 +92,55 @@ fn build<D: Device>(
     config: Config,
     device: D,
     weights_digest: [u8; 32],
-    fetch: impl Fn(&str, &[usize]) -> Result<Vec<f32>, Error>,
+    fetch: impl Fn(&str, &[usize]) -> Result<Values, Error>,
 ) -> Result<Loaded<D>, Error> {
     let c = &config;
     let (hidden, ff) = (c.hidden, c.intermediate);
     let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
     let attention = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
     let stacked = |parts: &[(&str, usize)], layer: usize| -> Result<D::Matrix, Error> {
-        let mut data = Vec::new();
-        for (name, rows) in parts {
-            data.extend(fetch(&format!("model.layers.{layer}.{name}.weight"), &[*rows, hidden])?);
-        }
-        device.matrix(data, parts.iter().map(|(_, rows)| rows).sum(), hidden)
+        let part = |(name, rows): &(&str, usize)| {
+            fetch(&format!("model.layers.{layer}.{name}.weight"), &[*rows, hidden])
+        };
+        let values = parts.iter().map(part).collect::<Result<_, Error>>()?;
+        device.matrix(values, parts.iter().map(|(_, rows)| rows).sum(), hidden)
     };
     let biases = |layer: usize| -> Result<D::Vector, Error> {
-        let mut data = Vec::new();
-        for (name, rows) in attention {
-            data.extend(fetch(&format!("model.layers.{layer}.{name}.bias"), &[rows])?);
-        }
-        device.vector(data)
+        let part = |(name, rows)| fetch(&format!("model.layers.{layer}.{name}.bias"), &[rows]);
+        device.vector(Values::join(attention.map(part).into_iter().collect::<Result<_, Error>>()?))
     };
+    let matrix =
+        |name: &str, outputs, inputs| device.matrix(vec![fetch(name, &[outputs, inputs])?], outputs, inputs);
+    let vector = |name: &str, width| device.vector(fetch(name, &[width])?.into_vec());
     let mut layers = Vec::with_capacity(c.layers);
     for i in 0..c.layers {
         let name = |part: &str| format!("model.layers.{i}.{part}.weight");
         let head_norms = || -> Result<HeadNorms<D>, Error> {
-            let vector = |part| device.vector(fetch(&name(part), &[c.head_dim])?);
+            let vector = |part| vector(&name(part), c.head_dim);
             Ok(HeadNorms { query: vector("self_attn.q_norm")?, key: vector("self_attn.k_norm")? })
         };
         layers.push(Layer {
-            attention_norm: device.vector(fetch(&name("input_layernorm"), &[hidden])?)?,
+            attention_norm: vector(&name("input_layernorm"), hidden)?,
             qkv: stacked(&attention, i)?,
             qkv_bias: c.family.has_qkv_biases().then(|| biases(i)).transpose()?,
             head_norms: c.family.has_head_norms().then(head_norms).transpose()?,
-            output: device.matrix(fetch(&name("self_attn.o_proj"), &[hidden, q])?, hidden, q)?,
-            mlp_norm: device.vector(fetch(&name("post_attention_layernorm"), &[hidden])?)?,
+            output: matrix(&name("self_attn.o_proj"), hidden, q)?,
+            mlp_norm: vector(&name("post_attention_layernorm"), hidden)?,
             gate_up: stacked(&[("mlp.gate_proj", ff), ("mlp.up_proj", ff)], i)?,
-            down: device.matrix(fetch(&name("mlp.down_proj"), &[hidden, ff])?, hidden, ff)?,
+            down: matrix(&name("mlp.down_proj"), hidden, ff)?,
         });
     }
-    let table = |name: &str| -> Result<Arc<D::Matrix>, Error> {
-        Ok(Arc::new(device.matrix(fetch(name, &[c.vocab, hidden])?, c.vocab, hidden)?))
+    let embedding = Arc::new(matrix("model.embed_tokens.weight", c.vocab, hidden)?);
+    let head = match c.tied {
+        true => Arc::clone(&embedding),
+        false => Arc::new(matrix("lm_head.weight", c.vocab, hidden)?),
     };
-    let embedding = table("model.embed_tokens.weight")?;
-    let head = if c.tied { Arc::clone(&embedding) } else { table("lm_head.weight")? };
-    let norm = device.vector(fetch("model.norm.weight", &[hidden])?)?;
+    let norm = vector("model.norm.weight", hidden)?;
     let weights = Weights { embedding, layers, norm, head };
     Ok(Loaded { decoder: Decoder::assemble(Arc::new(device), config, weights), weights_digest })
 }
 
-fn from_tensor(tensor: Option<Tensor>, name: &str, shape: &[usize]) -> Result<Vec<f32>, Error> {
+fn from_tensor(tensor: Option<Tensor>, name: &str, shape: &[usize]) -> Result<Values, Error> {
     let tensor = tensor.ok_or_else(|| Error::Weights(format!("{name} is missing")))?;
     if tensor.dims() != shape {
         return Err(Error::Weights(format!(
@@ -137,7 +148,7 @@ fn from_tensor(tensor: Option<Tensor>, name: &str, shape: &[usize]) -> Result<Ve
             tensor.dims()
         )));
     }
-    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+    Ok(Values::Given(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?))
 }
 
 /// Weights that nothing asked for, such as the biases of another family or layers behind the last, change
@@ -159,27 +170,16 @@ fn refuse_leftovers(config: &Config, names: impl Iterator<Item = String>) -> Res
 
 /// Uniform values with the variance of a fan-in initialisation; norms are ones, and biases have the variance
 /// of what they are added to.
-fn random(seed: u64, name: &str, shape: &[usize]) -> Vec<f32> {
+fn random(seed: u64, name: &str, shape: &[usize]) -> Values {
     let count = shape.iter().product();
     if shape.len() == 1 && !name.ends_with(".bias") {
-        return vec![1.0; count];
+        return Values::Given(vec![1.0; count]);
     }
     let fan_in = shape.get(1).copied().unwrap_or(1);
     let bound = (3.0 / fan_in as f32).sqrt();
     let hash = blake3::hash(format!("{seed}/{name}").as_bytes());
     let base = u64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap_or_default());
-    (0..count as u64)
-        .into_par_iter()
-        .map(|i| {
-            // splitmix64: every value from its index alone, so that threads need no shared state.
-            let mut z = base.wrapping_add(i.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            let unit = (z ^ (z >> 31)) as u32 as f32 / u32::MAX as f32;
-            // Published checkpoints are bf16; so are these.
-            f32::from_bits(((unit * 2.0 - 1.0) * bound).to_bits() & 0xffff_0000)
-        })
-        .collect()
+    Values::Random { base, bound, count }
 }
 
 /// The directory's weight files: those its index names, or the single file.
@@ -231,8 +231,9 @@ mod tests {
 
     #[test]
     fn random_weights_depend_on_their_seed_and_name_only() {
-        assert_eq!(random(1, "a", &[4, 8]), random(1, "a", &[4, 8]));
-        assert_ne!(random(1, "a", &[4, 8]), random(2, "a", &[4, 8]));
-        assert_ne!(random(1, "a", &[4, 8]), random(1, "b", &[4, 8]));
+        let values = |seed, name| random(seed, name, &[4, 8]).into_vec();
+        assert_eq!(values(1, "a"), values(1, "a"));
+        assert_ne!(values(1, "a"), values(2, "a"));
+        assert_ne!(values(1, "a"), values(1, "b"));
     }
 }

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::kv::Export;
 use std::ops::Range;
 
-/// Rows of a block where nobody else waits for the device: more would not make the products faster.
+/// As [`Device::block_rows`], of the CPU.
 pub const BLOCK_ROWS: usize = 512;
 
 /// Rows on their way through the layers.
@@ -97,13 +97,22 @@ pub struct Batch<'a> {
 impl<D: Device> Decoder<D> {
     /// Sets out with `ids` at `positions` (ascending, unique), in blocks of `block_rows`: that bounds the activations
     /// in use at a time, and how long a step takes.
-    pub fn walk(&self, ids: &[u32], positions: Vec<u32>, wanted: Logits, block_rows: usize) -> Walk<D> {
+    ///
+    /// # Errors
+    /// The device is out of memory.
+    pub fn walk(
+        &self,
+        ids: &[u32],
+        positions: Vec<u32>,
+        wanted: Logits,
+        block_rows: usize,
+    ) -> Result<Walk<D>, Error> {
         debug_assert_eq!(ids.len(), positions.len());
-        let blocks =
-            ids.chunks(block_rows).map(|ids| self.device.embed(&self.weights.embedding, ids)).collect();
+        let embed = |ids| self.device.embed(&self.weights.embedding, ids);
+        let blocks = ids.chunks(block_rows).map(embed).collect::<Result<_, Error>>()?;
         let layers = if ids.is_empty() { 0 } else { self.weights.layers.len() };
         // Without rows there is nothing to walk.
-        Walk { blocks, positions, wanted, block_rows, layers, layer: 0, block: 0 }
+        Ok(Walk { blocks, positions, wanted, block_rows, layers, layer: 0, block: 0 })
     }
 
     /// Takes one block of rows through one layer.
@@ -134,27 +143,27 @@ impl<D: Device> Decoder<D> {
         let at = At { layer: walk.layer, table };
         let positions = &walk.positions[rows];
         let x = &mut walk.blocks[block];
-        let mut qkv = self.heads(x, layer);
+        let mut qkv = self.heads(x, layer)?;
         // What is exported is position-free: all that happens to a key but its rotation.
         if let Some(export) = collect.export {
-            export.push(walk.layer, device.export(&qkv, &geometry), geometry.head_dim);
+            export.push(walk.layer, device.export(&qkv, &geometry)?, geometry.head_dim);
         }
         device.scatter(pages, at, &mut qkv, &geometry, positions, &self.rope)?;
         if last && walk.wanted != Logits::All {
             // Behind the last layer few rows are asked for, or none; what is looked at is looked at by itself.
             if let Some(probe) = collect.probe {
-                self.look(pages, at, &qkv, positions, probe);
+                self.look(pages, at, &qkv, positions, probe)?;
             }
             if let Some(needed) = needed {
                 let at_rows: Vec<usize> = needed.clone().collect();
-                let qkv = device.take(&qkv, &at_rows);
-                *x = device.take(x, &at_rows);
-                let attended = device.attend_rows(pages, at, &qkv, &geometry, &positions[needed]);
-                self.feed(x, &attended, layer);
+                let qkv = device.take(&qkv, &at_rows)?;
+                *x = device.take(x, &at_rows)?;
+                let attended = device.attend_rows(pages, at, &qkv, &geometry, &positions[needed])?;
+                self.feed(x, &attended, layer)?;
             }
         } else {
-            let attended = self.attend(pages, at, &qkv, positions, collect.probe);
-            self.feed(x, &attended, layer);
+            let attended = self.attend(pages, at, &qkv, positions, collect.probe)?;
+            self.feed(x, &attended, layer)?;
         }
         walk.block += 1;
         if walk.block == walk.blocks.len() {
@@ -164,15 +173,18 @@ impl<D: Device> Decoder<D> {
     }
 
     /// Logits `[rows asked for, vocab]` of a walk that is done.
-    pub fn logits(&self, walk: Walk<D>) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// The device is out of memory; a device fault.
+    pub fn logits(&self, walk: Walk<D>) -> Result<Vec<f32>, Error> {
         debug_assert!(walk.done(), "a walk that is under way has no logits yet");
         let mut logits = Vec::new();
         for (block, x) in walk.blocks.iter().enumerate() {
             if walk.needed(block).is_some() {
-                self.head(x, &mut logits);
+                self.head(x, &mut logits)?;
             }
         }
-        logits
+        Ok(logits)
     }
 
     /// Computes one row of each sequence of `batch` and writes their logits `[sequences, vocab]`. In steady state
@@ -193,43 +205,42 @@ impl<D: Device> Decoder<D> {
         let Batch { ids, positions, tables } = batch;
         debug_assert!(ids.len() == positions.len() && ids.len() == tables.len());
         let (device, geometry) = (&*self.device, self.geometry());
-        let mut x = device.embed(&self.weights.embedding, ids);
+        let mut x = device.embed(&self.weights.embedding, ids)?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
-            let mut qkv = self.heads(&x, layer);
+            let mut qkv = self.heads(&x, layer)?;
             device.scatter_each(pages, index, tables, &mut qkv, &geometry, positions, &self.rope)?;
-            let attended = device.attend_each(pages, index, tables, &qkv, &geometry, positions);
-            self.feed(&mut x, &attended, layer);
+            let attended = device.attend_each(pages, index, tables, &qkv, &geometry, positions)?;
+            self.feed(&mut x, &attended, layer)?;
         }
         logits.clear();
-        self.head(&x, logits);
-        Ok(())
+        self.head(&x, logits)
     }
 
     /// Queries, keys and values of rows, not yet rotated.
-    fn heads(&self, x: &D::Rows, layer: &Layer<D>) -> D::Rows {
+    fn heads(&self, x: &D::Rows, layer: &Layer<D>) -> Result<D::Rows, Error> {
         let (device, eps) = (&*self.device, self.config.norm_eps);
-        let mut qkv = device.project(&device.norm(x, &layer.attention_norm, eps), &layer.qkv);
+        let mut qkv = device.project(&device.norm(x, &layer.attention_norm, eps)?, &layer.qkv)?;
         if let Some(bias) = &layer.qkv_bias {
-            device.add_bias(&mut qkv, bias);
+            device.add_bias(&mut qkv, bias)?;
         }
         if let Some(norms) = &layer.head_norms {
-            device.norm_heads(&mut qkv, &self.geometry(), &norms.query, &norms.key, eps);
+            device.norm_heads(&mut qkv, &self.geometry(), &norms.query, &norms.key, eps)?;
         }
-        qkv
+        Ok(qkv)
     }
 
     /// What a layer does behind its attention.
-    fn feed(&self, x: &mut D::Rows, attended: &D::Rows, layer: &Layer<D>) {
+    fn feed(&self, x: &mut D::Rows, attended: &D::Rows, layer: &Layer<D>) -> Result<(), Error> {
         let device = &*self.device;
-        device.project_add(x, attended, &layer.output);
-        let normed = device.norm(x, &layer.mlp_norm, self.config.norm_eps);
-        let gated = device.gate(&device.project(&normed, &layer.gate_up));
-        device.project_add(x, &gated, &layer.down);
+        device.project_add(x, attended, &layer.output)?;
+        let normed = device.norm(x, &layer.mlp_norm, self.config.norm_eps)?;
+        let gated = device.gate(&device.project(&normed, &layer.gate_up)?)?;
+        device.project_add(x, &gated, &layer.down)
     }
 
     /// Appends the logits of every row of `x`.
-    fn head(&self, x: &D::Rows, logits: &mut Vec<f32>) {
-        let normed = self.device.norm(x, &self.weights.norm, self.config.norm_eps);
-        self.device.read(&self.device.project(&normed, &self.weights.head), logits);
+    fn head(&self, x: &D::Rows, logits: &mut Vec<f32>) -> Result<(), Error> {
+        let normed = self.device.norm(x, &self.weights.norm, self.config.norm_eps)?;
+        self.device.logits(&normed, &self.weights.head, logits)
     }
 }

@@ -44,6 +44,6 @@ pub use error::Error;
 pub use metrics::{code_name, describe as describe_metrics};
 pub use options::{Options, seconds};
 pub use readiness::{LIVENESS, Readiness};
-pub use run::{BAD_CONFIG, FAILED_START, run, stop_signal};
+pub use run::{BAD_CONFIG, FAILED_START, Failure, run, stop_signal};
 pub use running::{Drain, Drained, Running};
 pub use server::Server;

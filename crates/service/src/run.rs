@@ -15,6 +15,16 @@ pub const BAD_CONFIG: u8 = 64;
 /// Exit code for a server that did not start.
 pub const FAILED_START: u8 = 1;
 
+/// Why a server did not start, where that has an exit code of its own: for who starts it again, or somewhere else.
+#[derive(Debug, thiserror::Error)]
+#[error("{why}")]
+pub struct Failure {
+    /// The code.
+    pub code: u8,
+    /// What happened, in one line.
+    pub why: String,
+}
+
 #[derive(Debug, Parser)]
 struct Arguments {
     /// TOML file with the configuration.
@@ -39,7 +49,7 @@ struct Arguments {
 
 /// Runs a server until SIGTERM or SIGINT, then drains it. `start` returns once the ports are bound.
 ///
-/// Exit codes: 0 drained (or help, or the configuration was printed), 64 bad configuration, 1 failed start.
+/// Exit codes: 0 drained (or help, or the configuration was printed), 64 bad configuration, that of a [`Failure`], or 1 failed start.
 pub fn run<T, S, F, R, E>(name: &'static str, start: S) -> ExitCode
 where
     T: DeserializeOwned + Serialize + Default,
@@ -102,7 +112,10 @@ where
                 running.drain().await;
                 ExitCode::SUCCESS
             }
-            Err(error) => fail(name, &format_args!("{:#}", error.into()), FAILED_START),
+            Err(error) => {
+                let error: anyhow::Error = error.into();
+                fail(name, &format_args!("{error:#}"), failed_with(&error))
+            }
         }
     });
     runtime.block_on(telemetry::flush());
@@ -118,6 +131,11 @@ fn parse(
     let matches =
         Arguments::command().name(name).version(env!("CARGO_PKG_VERSION")).try_get_matches_from(arguments)?;
     Arguments::from_arg_matches(&matches)
+}
+
+fn failed_with(error: &anyhow::Error) -> u8 {
+    let failure = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
+    failure.map_or(FAILED_START, |failure| failure.code)
 }
 
 #[allow(clippy::print_stderr, reason = "the line must appear whatever the log filter says")]
@@ -163,5 +181,12 @@ mod tests {
         let parsed = arguments("sample --otlp-endpoint http://collector:4317").expect("sound");
         assert_eq!(parsed.otlp_endpoint.as_deref(), Some("http://collector:4317"));
         assert!(arguments("sample --set nothing").expect_err("no value").use_stderr());
+    }
+
+    #[test]
+    fn a_failure_keeps_its_code_under_what_is_said_about_it() {
+        let error = anyhow::Error::from(Failure { code: 80, why: "no device".into() }).context("model tiny");
+        assert_eq!((failed_with(&error), format!("{error:#}").as_str()), (80, "model tiny: no device"));
+        assert_eq!(failed_with(&anyhow::anyhow!("an address in use")), FAILED_START);
     }
 }

@@ -23,15 +23,18 @@ const PREFIXES: usize = 64;
 
 /// A chunk as the auxiliary model knows it.
 #[derive(Clone, Debug)]
-pub(crate) struct Chunk {
-    pub(crate) kv: ChunkKv,
-    pub(crate) spans: std::sync::Arc<[ByteSpan]>,
-    pub(crate) ids: std::sync::Arc<[u32]>,
+pub struct Chunk {
+    /// Its canonical KV.
+    pub kv: ChunkKv,
+    /// Which bytes of its text each token is.
+    pub spans: std::sync::Arc<[ByteSpan]>,
+    /// Its tokens.
+    pub ids: std::sync::Arc<[u32]>,
 }
 
 /// How a question is run over the chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
+pub enum Mode {
     /// Once over all chunks, every layer; mean over layers of the largest over heads and question tokens.
     Joint,
     /// As published: per chunk alone, last layer, mean over heads and question tokens.
@@ -40,17 +43,25 @@ pub(crate) enum Mode {
 
 /// Why something could not be scored.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Error {
+pub enum Error {
+    /// The caller's texts cannot be scored as they are.
     #[error("{field}: {why}")]
-    Invalid { field: &'static str, why: String },
+    Invalid {
+        /// Field of the request.
+        field: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The tokenizer refused a text.
     #[error(transparent)]
     Prompt(#[from] cacheclip_prompt::Error),
+    /// The device or the model failed.
     #[error(transparent)]
     Model(#[from] cacheclip_model::Error),
 }
 
 /// The model with its workspaces; shared by all requests.
-pub(crate) struct Auxiliary {
+pub struct Auxiliary {
     decoder: Decoder<Cpu>,
     composer: Composer,
     anchor: Vec<u32>,
@@ -77,7 +88,11 @@ impl std::fmt::Debug for Auxiliary {
 }
 
 impl Auxiliary {
-    pub(crate) fn new(
+    /// Pages for `concurrency` requests at once, each as long as the model's context.
+    ///
+    /// # Errors
+    /// No anchor in the prompt's layout, or no memory.
+    pub fn new(
         decoder: Decoder<Cpu>,
         composer: Composer,
         max_question: usize,
@@ -114,14 +129,20 @@ impl Auxiliary {
     }
 
     /// Canonical auxiliary KV of one chunk: behind the anchor, anchor stripped.
-    pub(crate) fn chunk(&self, text: &str) -> Result<Chunk, Error> {
+    ///
+    /// # Errors
+    /// A text that the tokenizer refuses or that is longer than the context; a device fault.
+    pub fn chunk(&self, text: &str) -> Result<Chunk, Error> {
         let section = self.composer.chunk(text)?;
         let kv = self.section(&self.anchor, &section.ids)?;
         Ok(Chunk { kv, spans: section.spans.into(), ids: section.ids.into() })
     }
 
     /// Scores of every auxiliary token of every chunk for `question`.
-    pub(crate) fn score(
+    ///
+    /// # Errors
+    /// As [`chunk`](Self::chunk), for the question and the chunks together.
+    pub fn score(
         &self,
         prefix: Option<&str>,
         chunks: &[Chunk],

@@ -91,7 +91,7 @@ mod tests {
     }
 
     fn chunk(ids: [u32; 3]) -> Chunk {
-        let layer = |n: u32| LayerKv { data: (0..12).map(|i| (i * n) as f32 / 7.0).collect(), tokens: 3 };
+        let layer = |n: u32| LayerKv::new((0..12).map(|i| (i * n) as f32 / 7.0).collect(), 3);
         let spans = [0, 2, 5].map(|start| ByteSpan { start, end: start + 2 });
         Chunk { kv: ChunkKv::new(vec![layer(1), layer(2)]), spans: spans.into(), ids: ids.into() }
     }

@@ -9,7 +9,7 @@
 //!                             ╰── written behind: identity (layout, keys, containers)
 //! ```
 
-mod auxiliary;
+pub mod auxiliary;
 mod gather;
 mod grpc;
 mod identity;

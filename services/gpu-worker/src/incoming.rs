@@ -94,9 +94,9 @@ mod tests {
         let window = Budget::new(4096, 1).open(4096).await.expect("room");
         let layer = |value| {
             let grant = window.try_grant(1024).expect("room");
-            Layer::new(Arc::new(LayerKv { data: vec![value; 4], tokens: 2 }), grant)
+            Layer::new(Arc::new(LayerKv::new(vec![value; 4], 2)), grant)
         };
-        let taken = |kv: &Incoming| kv.take().iter().map(|layer| layer.kv.data[0]).collect::<Vec<_>>();
+        let taken = |kv: &Incoming| kv.take().iter().map(|layer| layer.kv.values()[0]).collect::<Vec<_>>();
         let kv = Incoming::default();
         let seen = kv.clone();
         assert!(!seen.waits());

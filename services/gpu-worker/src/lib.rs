@@ -7,6 +7,7 @@
 //! ```
 
 mod budget;
+mod device;
 mod engine;
 mod grpc;
 mod incoming;
@@ -20,18 +21,18 @@ mod report;
 mod request;
 mod writer;
 
-pub use options::{Loading, Options};
+pub use options::{CudaOptions, Loading, Options, Processor};
 
 use anyhow::Context as _;
-use cacheclip_chunk::Codec;
+use cacheclip_chunk::{Codec, LayoutSpec};
 use cacheclip_client::StoreClient;
-use cacheclip_model::pages::{page_bytes, pages_for};
-use cacheclip_model::{Cpu, certificate, layout::spec, load};
+use cacheclip_kernels::page::PAGE_TOKENS;
+use cacheclip_model::{layout::spec, load};
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::worker_server::WorkerServer;
 use cacheclip_service::residency::Announcer;
 use cacheclip_service::{Running, Server, seconds};
-use engine::Engine;
+use device::Begun;
 use grpc::{Service, Shared};
 use layout::{Anchor, Layout};
 use loader::Loader;
@@ -47,40 +48,30 @@ pub const SERVICE: &str = "cacheclip.v1.Worker";
 /// Loads the model, proves the instance, and serves. Ready when this returns.
 ///
 /// # Errors
-/// A model that cannot be loaded or proven, a budget too small for one prompt, an address in use.
+/// A model that cannot be loaded or proven, a budget too small for one prompt, an address in use; a
+/// [`Failure`](cacheclip_service::Failure) for a CUDA device that is not there or not enough.
 pub async fn start(options: Options) -> anyhow::Result<Running> {
     cacheclip_service::telemetry::install_recorder();
     metrics::describe();
     cacheclip_client::metrics::describe();
     let dir = options.model_dir.clone();
     let source = load::Source::choose(&dir, options.random_shape.as_deref())?;
-    let (loaded, composer) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-        let loaded = load::load(&source, Cpu)?;
-        let certificate = certificate::certify(&loaded.decoder)?;
-        tracing::info!(%certificate, "instance certified");
-        Ok((loaded, Composer::from_dir(&dir)?))
+    let told = options.clone();
+    let (begun, composer) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
+        let config = source.config()?;
+        let composer = Composer::from_dir(&dir)?;
+        let longest = Limits::new(config.vocab, config.max_positions, 0, &told).max_tokens;
+        Ok((device::begin(&told, (&source, &config), composer.tokenizer().clone(), longest)?, composer))
     })
     .await?
     .with_context(|| format!("model {}", options.model))?;
-    metrics::weights(loaded.decoder.weight_bytes());
-    let config = loaded.decoder.config().clone();
+    let Begun { engine, config, weights_digest, dtype, host, pages } = begun;
     let tokenizer_digest = composer.tokenizer().digest();
-    let layout = Arc::new(Layout::new(spec(&config, loaded.weights_digest, tokenizer_digest)));
+    let identity = LayoutSpec { dtype, ..spec(&config, weights_digest, tokenizer_digest) };
+    let layout = Arc::new(Layout::new(identity));
     let anchor = Anchor::new(&layout, composer.anchor()?);
     let limits = Limits::new(config.vocab, config.max_positions, anchor.ids.len(), &options);
-    let pages = pages_within(options.page_bytes, &config);
-    anyhow::ensure!(pages > 0, "page_bytes: {} holds no page of this model", options.page_bytes);
-    let engine = Engine::start(
-        loaded.decoder,
-        composer.tokenizer().clone(),
-        engine::Options {
-            pages,
-            queue: options.queue,
-            prefill_rows: options.prefill_rows,
-            shadow_ratio: options.shadow_ratio,
-        },
-    )?;
-    metrics::cache_config(cacheclip_kernels::page::PAGE_TOKENS, pages);
+    metrics::cache_config(PAGE_TOKENS, pages);
     let stores = match &options.stores[..] {
         [] => None,
         seeds => Some(StoreClient::connect(seeds, &options.connect)?),
@@ -90,7 +81,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         stores.clone().map(|stores| Writer::start(stores, Arc::clone(&layout), options.write_queue, codec));
     let ram = Ram::new(options.ram_bytes);
     let loader = Loader::new(
-        ram.clone(),
+        (ram.clone(), host),
         stores,
         engine.clone(),
         writer,
@@ -132,11 +123,4 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
         }
     });
     Ok(running)
-}
-
-/// Pages that fit a budget, but no more than a hundred of the longest sequences could fill.
-fn pages_within(bytes: u64, config: &cacheclip_model::config::Config) -> usize {
-    let page = page_bytes(config, size_of::<f32>());
-    let most = 100 * pages_for(config.max_positions);
-    usize::try_from(bytes / page.max(1)).unwrap_or(usize::MAX).min(most)
 }

@@ -17,6 +17,62 @@ pub enum Loading {
     Never,
 }
 
+/// Where the model is computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Processor {
+    /// On a CUDA device in a build that has CUDA, else on the CPU.
+    #[default]
+    Auto,
+    /// On the CPU.
+    Cpu,
+    /// On a CUDA device. Without one the worker does not start.
+    Cuda,
+}
+
+impl Processor {
+    /// What is meant in this build.
+    pub(crate) fn chosen(self) -> Self {
+        match self {
+            Self::Auto if cfg!(feature = "cuda") => Self::Cuda,
+            Self::Auto => Self::Cpu,
+            named => named,
+        }
+    }
+}
+
+/// How a CUDA device is used.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CudaOptions {
+    /// Which device, from 0.
+    pub ordinal: usize,
+    /// Most bytes of device memory; 0: nine tenths of what is free at start. What the model needs is computed before
+    /// anything is allocated, and one that does not fit is refused.
+    pub memory_bytes: u64,
+    /// Most rows that go through a layer at a time.
+    pub block_rows: usize,
+    /// Copy and place KV beside computation. Off: in one stream with it.
+    pub overlap: bool,
+    /// Folder with cuBLAS's and NVRTC's libraries. Absent: where the loader finds them.
+    pub libraries: Option<PathBuf>,
+    /// Folder in which compiled kernels are kept: a worker that finds all of them there needs no NVRTC.
+    pub kept: Option<PathBuf>,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self {
+            ordinal: 0,
+            memory_bytes: 0,
+            block_rows: cacheclip_model::cuda::BLOCK_ROWS,
+            overlap: true,
+            libraries: None,
+            kept: None,
+        }
+    }
+}
+
 /// A worker's configuration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -28,8 +84,13 @@ pub struct Options {
     /// Directory of the model: `config.json`, `*.safetensors`, `tokenizer.json`, `prompt.json`.
     pub model_dir: PathBuf,
     /// Random weights of a named shape instead of the directory's (the tokenizer still comes from there):
-    /// right for time and bytes, meaningless as text. Shapes: `smollm2-135m`, `qwen2.5-0.5b`, `aux-30m`.
+    /// right for time and bytes, meaningless as text. Shapes: `smollm2-135m`, `qwen2.5-0.5b`, `qwen2.5-7b`,
+    /// `qwen2.5-14b`, `aux-30m`.
     pub random_shape: Option<String>,
+    /// Where the model is computed: `auto` (on a CUDA device in a build that has CUDA), `cpu`, `cuda`.
+    pub device: Processor,
+    /// How a CUDA device is used.
+    pub cuda: CudaOptions,
     /// Cache stores to fetch from and publish to, each `http://host:port`, or `dns+http://host:port` for every
     /// address of a name; stores that these name are used, too. Empty: the worker's own RAM is the only cache.
     pub stores: Vec<String>,
@@ -83,6 +144,8 @@ impl Default for Options {
             model: "tiny".into(),
             model_dir: "models/tiny/primary".into(),
             random_shape: None,
+            device: Processor::Auto,
+            cuda: CudaOptions::default(),
             stores: Vec::new(),
             connect: ConnectOptions::default(),
             ram_bytes: 1 << 30,

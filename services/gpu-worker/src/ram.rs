@@ -209,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_tier_without_room_keeps_nothing_not_even_what_is_in_use() {
-        let layer = LayerKv { data: vec![0.0; 16], tokens: 1 };
+        let layer = LayerKv::new(vec![0.0; 16], 1);
         let section = Section { kv: ChunkKv::new(vec![layer]), rank: None, container_bytes: 0 };
         let ram = Ram::new(0);
         ram.insert(key(1), section.clone(), ram.mark());
@@ -220,7 +220,7 @@ mod tests {
     fn what_is_read_stays_and_what_is_not_makes_room() {
         const BYTES: u64 = 1 << 20;
         let section = || {
-            let layer = LayerKv { data: vec![0.0; 16 << 10], tokens: 1 };
+            let layer = LayerKv::new(vec![0.0; 16 << 10], 1);
             Section { kv: ChunkKv::new(vec![layer]), rank: None, container_bytes: 0 }
         };
         let ram = Ram::new(BYTES);

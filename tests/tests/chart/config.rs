@@ -1,6 +1,6 @@
 //! Every rendered configuration, with the container's arguments and environment, through the real binary.
 
-use crate::helm::{NAMESPACE, RELEASE, binary, output, profiles, rendered, root};
+use crate::helm::{NAMESPACE, RELEASE, binary, output, profiles, rendered, rendered_with, root};
 use crate::workload::{Labels, SERVICES, Workload, workload};
 use serde_json::Value;
 use std::path::Path;
@@ -128,6 +128,26 @@ fn sample(schema: &Value, field: &str) -> String {
         (Some("string"), _) => "\"sample\"".into(),
         other => panic!("{field}: no sample for {other:?}"),
     }
+}
+
+#[test]
+fn a_worker_that_was_given_a_gpu_computes_on_it_and_keeps_its_kernels() {
+    for (profile, objects) in profiles() {
+        let workload = workload(&objects, "gpu-worker");
+        let config: toml::Table = workload.config(&objects).parse().expect("TOML");
+        let gpu = profile == "gpu";
+        assert_eq!(config.get("device").and_then(toml::Value::as_str), gpu.then_some("cuda"), "{profile}");
+        let kept = config.get("cuda").and_then(|cuda| cuda["kept"].as_str());
+        let mounts = workload.container().volume_mounts.iter().flatten();
+        let mut writable =
+            mounts.filter(|mount| mount.read_only != Some(true)).map(|mount| &mount.mount_path);
+        assert_eq!(kept.is_some_and(|kept| writable.any(|path| path == kept)), gpu, "{profile}: {kept:?}");
+    }
+    // What values say stands over it.
+    let Some(objects) = rendered_with("gpu", &["gpuWorker.config.cuda.kept=/elsewhere"]) else { return };
+    let config: toml::Table = workload(&objects, "gpu-worker").config(&objects).parse().expect("TOML");
+    assert_eq!(config["cuda"]["kept"].as_str(), Some("/elsewhere"));
+    assert_eq!(config["device"].as_str(), Some("cuda"));
 }
 
 /// Dotted fields of a configuration's schema, with their schemas.

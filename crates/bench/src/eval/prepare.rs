@@ -214,7 +214,7 @@ fn differences(stale: &LayerKv, token: usize, right: &LayerKv, row: usize, width
         ));
         pairs.fold((0.0, 0.0), |(error, size), (x, y)| (error + (x - y) * (x - y), size + y * y))
     };
-    (of(stale.k(), right.k()), of(stale.v(), right.v()))
+    (of(&stale.k(), &right.k()), of(&stale.v(), &right.v()))
 }
 
 /// One token's values in `[heads, tokens, width]`.

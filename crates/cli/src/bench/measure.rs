@@ -1,38 +1,9 @@
-//! Clocks, counters of this machine, and what becomes of several runs.
+//! Clocks and counters of this machine.
 
 use super::limits::Limits;
 use anyhow::Context as _;
+pub(crate) use cacheclip_bench::runs::Runs;
 use serde::Serialize;
-
-/// Several runs of the same thing.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Runs {
-    /// The middle one (of an even number, the lower of the two).
-    pub(crate) median: f64,
-    pub(crate) least: f64,
-    pub(crate) most: f64,
-    /// How many.
-    pub(crate) n: usize,
-}
-
-impl Runs {
-    pub(crate) fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let median = values.get(values.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN);
-        let end = |value: Option<&f64>| value.copied().unwrap_or(f64::NAN);
-        Self { median, least: end(values.first()), most: end(values.last()), n: values.len() }
-    }
-
-    /// The same in another unit.
-    pub(crate) fn map(&self, unit: impl Fn(f64) -> f64) -> Self {
-        Self { median: unit(self.median), least: unit(self.least), most: unit(self.most), n: self.n }
-    }
-
-    /// `median [least, most]`.
-    pub(crate) fn text(&self, digits: usize) -> String {
-        format!("{:.digits$} [{:.digits$}, {:.digits$}]", self.median, self.least, self.most)
-    }
-}
 
 /// The machine and the build that figures come from.
 #[derive(Clone, Debug, Serialize)]
@@ -138,14 +109,6 @@ pub(crate) fn use_threads(threads: usize) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_median_lies_between_the_ends() {
-        let runs = Runs::of(vec![3.0, 1.0, 2.0, 9.0]);
-        assert_eq!((runs.least, runs.median, runs.most, runs.n), (1.0, 2.0, 9.0, 4));
-        assert_eq!(runs.text(1), "2.0 [1.0, 9.0]");
-        assert!(Runs::of(Vec::new()).median.is_nan());
-    }
 
     #[test]
     fn this_process_has_used_time_and_memory() {

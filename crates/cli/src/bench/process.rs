@@ -1,64 +1,15 @@
-//! Processes that a benchmark starts: Python peers that are asked line by line, and a cache-store.
+//! A cache-store that a benchmark starts.
 
 use anyhow::Context as _;
 use cacheclip_rpc::v1::cache_client::CacheClient;
 use cacheclip_rpc::v1::{StatRequest, StatResponse};
 use cacheclip_service::ConnectOptions;
-use serde_json::Value;
-use std::io::{BufRead as _, BufReader, Read as _, Seek as _, Write as _};
+use std::io::{Read as _, Seek as _};
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tonic::transport::Channel;
-
-/// The peers' process; ends with its standard input.
-#[derive(Debug)]
-pub(crate) struct Peers {
-    child: Child,
-    requests: Option<ChildStdin>,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Peers {
-    /// Starts `script` with `python`.
-    pub(crate) fn start(python: &Path, script: &Path) -> anyhow::Result<Self> {
-        let mut child = Command::new(python)
-            .arg(script)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| {
-                format!("{} (how to install it: crates/bench/peers/README.md)", python.display())
-            })?;
-        let (requests, answers) = (child.stdin.take(), child.stdout.take());
-        let answers = BufReader::new(answers.context("the peers' output")?);
-        Ok(Self { child, requests, answers })
-    }
-
-    /// Sends one request and waits for its answer.
-    pub(crate) fn ask(&mut self, request: &Value) -> anyhow::Result<Value> {
-        let requests = self.requests.as_mut().context("the peers have ended")?;
-        writeln!(requests, "{request}")?;
-        requests.flush()?;
-        let mut line = String::new();
-        self.answers.read_line(&mut line)?;
-        let answer: Value =
-            serde_json::from_str(&line).with_context(|| format!("peers answered {line:?}"))?;
-        match answer.get("error").and_then(Value::as_str) {
-            Some(error) => anyhow::bail!("{request}: {error}"),
-            None => Ok(answer),
-        }
-    }
-}
-
-impl Drop for Peers {
-    fn drop(&mut self) {
-        // The end of its input ends it.
-        drop(self.requests.take());
-        let _ = self.child.wait();
-    }
-}
 
 /// Longest wait for a store to answer.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -8,6 +8,7 @@ use super::measure::{Machine, Runs};
 use super::work::{End, operations};
 use crate::text;
 use cacheclip_model::config::Config;
+use cacheclip_model::weights::Values;
 use cacheclip_model::{Cpu, Decoder, Device, Logits, Pass, Probe, Reduce};
 use serde::Serialize;
 use std::hint::black_box;
@@ -116,7 +117,7 @@ fn measure(
     let work = operations(shape, tokens, arguments.question, End::Look);
     let (mut ms, mut rates, mut plain, mut shares) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..=arguments.runs {
-        let product = products.rate();
+        let product = products.rate()?;
         let mut probe = Probe::new(tokens as u32, tokens, 0..shape.layers, Reduce::Max, Reduce::Max);
         let began = Instant::now();
         alone.pass(tokens..all, |pass| Pass { logits: Logits::None, probe: Some(&mut probe), ..pass })?;
@@ -150,21 +151,22 @@ struct Products {
 impl Products {
     fn new(shape: &Config) -> anyhow::Result<Self> {
         let (hidden, outputs) = (shape.hidden, 2 * shape.intermediate);
-        let values = |count: usize| (0..count).map(|i| (i % 251) as f32 / 256.0 - 0.5).collect::<Vec<f32>>();
+        let values =
+            |count: usize| vec![Values::Given((0..count).map(|i| (i % 251) as f32 / 256.0 - 0.5).collect())];
         let table = Cpu.matrix(values(hidden * hidden), hidden, hidden)?;
         let ids: Vec<u32> = (0..PRODUCT_ROWS).map(|row| row % hidden as u32).collect();
         let weight = Cpu.matrix(values(outputs * hidden), outputs, hidden)?;
-        Ok(Self { rows: Cpu.embed(&table, &ids), weight })
+        Ok(Self { rows: Cpu.embed(&table, &ids)?, weight })
     }
 
     /// Operations per second.
-    fn rate(&self) -> f64 {
+    fn rate(&self) -> anyhow::Result<f64> {
         let (began, mut count) = (Instant::now(), 0u64);
         while began.elapsed() < PRODUCTS {
-            black_box(Cpu.project(&self.rows, &self.weight));
+            black_box(Cpu.project(&self.rows, &self.weight)?);
             count += 1;
         }
         let each = 2 * u64::from(PRODUCT_ROWS) * (self.weight.inputs() * self.weight.outputs()) as u64;
-        (count * each) as f64 / began.elapsed().as_secs_f64()
+        Ok((count * each) as f64 / began.elapsed().as_secs_f64())
     }
 }

@@ -1,101 +1,126 @@
-//! A CUDA device with the kernels of one model loaded.
+//! A CUDA device with the kernels of one model loaded: how it is opened. What it does is in `driver.rs`.
 //!
-//! **Not run on a GPU yet**: it compiles against cudarc, and the launches it makes are tested on an emulated device.
+//! **Not run on a GPU yet**: it compiles against cudarc, and what is asked of it is tested on an emulated device.
 
-use super::launch::Launch;
+use super::blas::{Blas, WORKSPACE};
+pub use super::error::DeviceError;
+use super::launch::{self, Launch};
 use super::nvrtc::{Nvrtc, NvrtcError};
-use super::{Heads, PROGRAMS, Unsupported};
-use cudarc::driver::sys::{CUdevice_attribute_enum, CUfunction_attribute_enum};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result};
+use super::{Heads, PROGRAMS};
+use cudarc::driver::sys::{self, CUdevice_attribute_enum, CUfunction_attribute_enum, CUresult};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, result};
 use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-/// Shared memory that a block may have without asking for it.
-const SHARED_UNASKED: u32 = 48 << 10;
-
-/// Why there is no device, or why it did not do what it was told.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DeviceError {
-    /// The driver's library is not on this machine.
-    #[error("no CUDA driver: libcuda.so.1 was not found")]
-    NoDriver,
-    /// The driver refused.
-    #[error("the CUDA driver failed to {0}: {1:?}")]
-    Driver(&'static str, DriverError),
-    /// No kernels for this model or device.
-    #[error(transparent)]
-    Unsupported(#[from] Unsupported),
-    /// Kernels could not be compiled.
-    #[error("{0}")]
-    Compiler(String),
-    /// Code was compiled that this driver does not take.
-    #[error("the CUDA driver does not load {0}: it is older than the toolkit that compiled it ({1:?})")]
-    Load(&'static str, DriverError),
-}
+/// The oldest driver that has all functions this calls, as drivers number themselves.
+const OLDEST_DRIVER: u32 = 12_080;
 
 impl From<NvrtcError> for DeviceError {
     fn from(error: NvrtcError) -> Self {
-        Self::Compiler(error.to_string())
+        Self::Toolkit(error.to_string())
     }
 }
 
-fn driver(what: &'static str) -> impl FnOnce(DriverError) -> DeviceError {
-    move |error| DeviceError::Driver(what, error)
+/// What the driver said, in one line.
+pub(super) fn driver(what: &'static str) -> impl FnOnce(DriverError) -> DeviceError {
+    move |error| match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => DeviceError::OutOfMemory { wanted: 0, used: 0, limit: 0 },
+        _ => DeviceError::Fault(what, format!("{:?}", error.0)),
+    }
 }
 
-/// Where compiled kernels come from.
+/// Where compiled kernels and cuBLAS come from.
 #[derive(Clone, Debug, Default)]
 pub struct Toolkit {
-    /// Folder with NVRTC's libraries; none where the loader finds them.
+    /// Folder with NVRTC's and cuBLAS's libraries; none where the loader finds them.
     pub libraries: Option<PathBuf>,
     /// Folder in which compiled kernels are kept. A machine that finds all of them there needs no NVRTC.
     pub kept: Option<PathBuf>,
 }
 
-/// A device with the kernels of one model.
+impl Toolkit {
+    /// Compiles the kernels for `heads` for a kind of device that need not be here, and keeps them; the files.
+    ///
+    /// # Errors
+    /// No compiler, heads or a device that no kernels are for, or no folder to keep them in.
+    pub fn keep(&self, heads: Heads, capability: (u32, u32)) -> Result<Vec<PathBuf>, DeviceError> {
+        let options = heads.checked()?.options(capability)?;
+        let none = || DeviceError::Toolkit("no folder to keep kernels in was named".into());
+        let folder = self.kept.as_ref().ok_or_else(none)?;
+        let mut nvrtc = None;
+        let mut files = Vec::new();
+        for program in PROGRAMS {
+            cubin(program.name, &program.text(), &options, self, &mut nvrtc)?;
+            let file = folder.join(kept_as(program.name, &program.text(), &options));
+            if !file.is_file() {
+                return Err(DeviceError::Toolkit(format!("cannot write {}", file.display())));
+            }
+            files.push(file);
+        }
+        Ok(files)
+    }
+}
+
+/// A device with the kernels of one model, and two streams.
 #[derive(Debug)]
 pub struct Gpu {
-    context: Arc<CudaContext>,
+    // Before the stream and the workspace that it uses.
+    pub(super) blas: Mutex<Blas>,
+    workspace: u64,
+    /// By [`Stream`](super::machine::Stream).
+    pub(super) streams: [Arc<CudaStream>; 2],
+    pub(super) events: Mutex<Vec<Arc<CudaEvent>>>,
     functions: HashMap<&'static str, CudaFunction>,
+    pub(super) context: Arc<CudaContext>,
     heads: Heads,
     multiprocessors: u32,
+    pub(super) description: String,
 }
 
 impl Gpu {
     /// Opens a device and loads the kernels for `heads`, compiling those that are not kept.
     ///
     /// # Errors
-    /// No driver, no device of that number, none that kernels are for, or no compiler where one is needed.
+    /// No driver, no device of that number, none that kernels are for, no cuBLAS, or no compiler where one is needed.
     pub fn open(ordinal: usize, heads: Heads, toolkit: &Toolkit) -> Result<Self, DeviceError> {
         let heads = heads.checked()?;
-        // cudarc panics where there is no driver, and has a way to ask only where it is not linked to one.
-        // SAFETY: the driver's library does nothing when it is loaded.
-        let Ok(_driver) = (unsafe { libloading::Library::new("libcuda.so.1") }) else {
-            return Err(DeviceError::NoDriver);
-        };
-        let context = CudaContext::new(ordinal).map_err(driver("open a device"))?;
-        let (major, minor) = context.compute_capability().map_err(driver("describe the device"))?;
+        let version = driver_version()?;
+        let context = CudaContext::new(ordinal).map_err(|error| match error.0 {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => driver("open a device")(error),
+            other => DeviceError::NoDevice(format!("the driver opens no device {ordinal}: {other:?}")),
+        })?;
+        let (major, minor) = context.compute_capability().map_err(driver("describe itself"))?;
         let multiprocessors = context
             .attribute(CUdevice_attribute_enum::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .map_err(driver("describe the device"))?;
+            .map_err(driver("describe itself"))?
+            .unsigned_abs();
+        let name = context.name().map_err(driver("describe itself"))?;
         let options = heads.options((major.unsigned_abs(), minor.unsigned_abs()))?;
-        let mut nvrtc = None;
-        let mut functions = HashMap::new();
-        for program in PROGRAMS {
-            let cubin = cubin(program.name, &program.text(), &options, toolkit, &mut nvrtc)?;
-            let module = context
-                .load_module(Ptx::from_binary(cubin))
-                .map_err(|error| DeviceError::Load(program.name, error))?;
-            for kernel in program.kernels {
-                let function = module.load_function(kernel).map_err(driver("find a kernel"))?;
-                functions.insert(*kernel, function);
-            }
-        }
-        Ok(Self { context, functions, heads, multiprocessors: multiprocessors.unsigned_abs() })
+        let functions = functions(&context, version, heads, &options, toolkit)?;
+        let stream = || context.new_stream().map_err(driver("make a stream"));
+        let streams = [stream()?, stream()?];
+        // SAFETY: memory of the device, freed when this is dropped.
+        let workspace = unsafe { result::malloc_sync(WORKSPACE) }.map_err(driver("reserve a workspace"))?;
+        let blas = Blas::open(toolkit.libraries.as_deref(), streams[0].cu_stream().cast(), workspace)?;
+        let description = format!(
+            "{name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, driver of CUDA {}, cuBLAS {}",
+            dotted(version),
+            blas.version(),
+        );
+        Ok(Self {
+            blas: Mutex::new(blas),
+            workspace,
+            streams,
+            events: Mutex::default(),
+            functions,
+            context,
+            heads,
+            multiprocessors,
+            description,
+        })
     }
 
     /// The device's context: for streams and memory.
@@ -126,15 +151,9 @@ impl Gpu {
             return Ok(());
         }
         let Some(function) = self.functions.get(launch.kernel) else {
-            return Err(DeviceError::Compiler(format!("no kernel {}", launch.kernel)));
+            return Err(DeviceError::Fault("find a kernel", launch.kernel.into()));
         };
         self.context.bind_to_thread().map_err(driver("bind its context"))?;
-        if launch.shared > SHARED_UNASKED {
-            let wanted = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function
-                .set_attribute(wanted, launch.shared.cast_signed())
-                .map_err(driver("give a block its shared memory"))?;
-        }
         let slots = launch.arguments.slots();
         let mut addresses: Vec<*mut c_void> =
             slots.iter().map(|slot| std::ptr::from_ref(slot).cast_mut().cast()).collect();
@@ -152,6 +171,77 @@ impl Gpu {
         }
         .map_err(driver(launch.kernel))
     }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        _ = self.context.bind_to_thread();
+        // SAFETY: it was allocated, and this waits for what uses it.
+        _ = unsafe { result::free_sync(self.workspace) };
+    }
+}
+
+/// CUDA's version as numbers have it: 13000 is 13.0.
+fn dotted(version: u32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+/// The driver's version, once it is known to be there and to be new enough. cudarc panics where it is not, and has a way to
+/// ask only where it is not linked to one.
+fn driver_version() -> Result<u32, DeviceError> {
+    // SAFETY: the driver's library does nothing when it is loaded.
+    if let Err(error) = unsafe { libloading::Library::new("libcuda.so.1") } {
+        return Err(DeviceError::NoDevice(format!("no driver ({error})")));
+    }
+    let mut version = 0;
+    // SAFETY: it writes a number, and needs nothing before.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(driver("say its driver's version"))?;
+    new_enough(version.unsigned_abs())
+}
+
+fn new_enough(version: u32) -> Result<u32, DeviceError> {
+    if version < OLDEST_DRIVER {
+        let (is, least) = (dotted(version), dotted(OLDEST_DRIVER));
+        return Err(DeviceError::OldDriver(format!("it is of CUDA {is}, and this build needs {least}")));
+    }
+    Ok(version)
+}
+
+/// Every kernel, loaded.
+fn functions(
+    context: &Arc<CudaContext>,
+    version: u32,
+    heads: Heads,
+    options: &[String],
+    toolkit: &Toolkit,
+) -> Result<HashMap<&'static str, CudaFunction>, DeviceError> {
+    let mut nvrtc = None;
+    let mut functions = HashMap::new();
+    for program in PROGRAMS {
+        let cubin = cubin(program.name, &program.text(), options, toolkit, &mut nvrtc)?;
+        let module = context.load_module(Ptx::from_binary(cubin)).map_err(|error| {
+            let by = nvrtc.as_ref().map_or_else(
+                || "a toolkit that is not here".into(),
+                |it: &Nvrtc| format!("NVRTC {}.{}", it.version().0, it.version().1),
+            );
+            let (name, is) = (program.name, dotted(version));
+            DeviceError::OldDriver(format!(
+                "it is of CUDA {is} and does not load {name}, compiled by {by} ({:?})",
+                error.0
+            ))
+        })?;
+        for kernel in program.kernels {
+            let function = module.load_function(kernel).map_err(driver("find a kernel"))?;
+            functions.insert(*kernel, function);
+        }
+    }
+    if let Some(function) = functions.get("attend_rows") {
+        // The one that has more shared memory than blocks get unasked.
+        let wanted = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let bytes = 2 * 2 * launch::ATTEND_TILE * heads.dim * 2;
+        function.set_attribute(wanted, bytes.cast_signed()).map_err(driver("give a block its memory"))?;
+    }
+    Ok(functions)
 }
 
 /// Code of a program: kept, or compiled now and then kept.
@@ -207,10 +297,27 @@ mod tests {
         match Gpu::open(0, heads, &Toolkit::default()) {
             // A GPU machine: the comparison tests are for that.
             Ok(_) => eprintln!("skipped: this machine has a GPU"),
-            Err(error) => assert_eq!(error.to_string().lines().count(), 1),
+            Err(error) => {
+                assert_eq!(error.to_string().lines().count(), 1);
+                assert!(matches!(error, DeviceError::NoDevice(_)), "{error}");
+            }
         }
         let wrong = Gpu::open(0, Heads { dim: 80, ..heads }, &Toolkit::default()).unwrap_err();
         assert!(wrong.to_string().contains("80 dimensions"));
+    }
+
+    #[test]
+    fn a_driver_that_is_too_old_is_told_apart_from_none() {
+        assert_eq!(new_enough(13_000), Ok(13_000));
+        let line = new_enough(12_040).unwrap_err().to_string();
+        assert!(line.contains("of CUDA 12.4") && line.contains("needs 12.8"), "{line}");
+    }
+
+    #[test]
+    fn a_toolkit_without_cublas_is_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Blas::open(Some(folder.path()), std::ptr::null_mut(), 0).unwrap_err().to_string();
+        assert!(error.starts_with("cuBLAS was not found: ") && error.lines().count() == 1, "{error}");
     }
 
     #[test]

@@ -37,17 +37,17 @@ pub type Address = u64;
 pub struct Arguments(Vec<u64>);
 
 impl Arguments {
-    fn address(mut self, value: Address) -> Self {
+    pub(super) fn address(mut self, value: Address) -> Self {
         self.0.push(value);
         self
     }
 
     /// The lower half of a slot is where a kernel looks for four bytes: the hosts of CUDA devices are little-endian.
-    fn word(self, value: u32) -> Self {
+    pub(super) fn word(self, value: u32) -> Self {
         self.address(value.into())
     }
 
-    fn float(self, value: f32) -> Self {
+    pub(super) fn float(self, value: f32) -> Self {
         self.word(value.to_bits())
     }
 

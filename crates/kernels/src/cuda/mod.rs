@@ -1,19 +1,34 @@
 //! CUDA kernels over paged KV: their text, what they are compiled for, and how they are launched.
 //!
-//! The text lies in `crates/kernels/cuda`. Nothing here needs CUDA but `device`, which is behind the feature `cuda`:
+//! The text lies in `crates/kernels/cuda`. An [`executor`] launches it on a [`machine`], within a budget of [`memory`].
+//! Nothing here needs CUDA but `device`, the machine of the driver, which is behind the feature `cuda`:
 //! that NVRTC takes every kernel is tested where NVRTC is, and what the kernels compute is tested on the host, where an
 //! emulated warp runs their text (`tests/cuda_emulated.rs`).
 //!
 //! Kernels are compiled for one model's attention ([`Heads`]), so that the width of a head is a constant to the compiler
 //! and sums stay in registers.
 
+mod error;
+pub mod executor;
+pub mod floor;
 pub mod launch;
+pub mod machine;
+pub mod memory;
+pub mod pinned;
+pub mod rows;
+pub mod timing;
 
+#[cfg(feature = "cuda")]
+mod blas;
 #[cfg(feature = "cuda")]
 pub mod device;
 #[cfg(feature = "cuda")]
+mod driver;
+#[cfg(feature = "cuda")]
 #[allow(dead_code, reason = "tests, which have this file as a module of theirs, look at versions and logs")]
 mod nvrtc;
+
+pub use error::DeviceError;
 
 use crate::page::HeadShape;
 use std::fmt::Write as _;
@@ -36,7 +51,7 @@ pub struct Program {
 }
 
 /// Every program.
-pub const PROGRAMS: [Program; 5] = [
+pub const PROGRAMS: [Program; 6] = [
     Program {
         name: "place.cu",
         kernels: &[
@@ -60,6 +75,19 @@ pub const PROGRAMS: [Program; 5] = [
         name: "probe.cu",
         kernels: &["probe", "probe_reduce"],
         text: include_str!("../../cuda/probe.cu"),
+    },
+    Program {
+        name: "rows.cu",
+        kernels: &[
+            "gather_rows",
+            "norm_rows",
+            "norm_heads",
+            "add_bias",
+            "gate_rows",
+            "export_rows",
+            "random_weights",
+        ],
+        text: include_str!("../../cuda/rows.cu"),
     },
 ];
 
@@ -118,6 +146,9 @@ pub enum Unsupported {
         /// KV heads.
         kv: u32,
     },
+    /// Rows are read in chunks of 16 bytes.
+    #[error("rows of {0} elements: CUDA kernels are for multiples of 8")]
+    Width(u32),
     /// Too old a device.
     #[error("a device of compute capability {0}.{1}: CUDA kernels need 8.0")]
     Capability(u32, u32),

@@ -11,8 +11,7 @@ use cacheclip_kernels::place::{StoredLayer, place, scatter};
 use cacheclip_kernels::probe::{Reduce, probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use half::{bf16, f16};
-use machine::Buffer;
-pub(crate) use machine::{Machine, Memory};
+pub(crate) use machine::{Buffer, Machine, Memory};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -20,11 +19,11 @@ use rand::{Rng, SeedableRng};
 const GARBAGE: bf16 = bf16::NAN;
 
 /// Numbers that bf16 holds exactly.
-fn numbers(rng: &mut StdRng, count: usize) -> Vec<f32> {
+pub(crate) fn numbers(rng: &mut StdRng, count: usize) -> Vec<f32> {
     (0..count).map(|_| bf16::from_f32(rng.random_range(-2.0..2.0)).to_f32()).collect()
 }
 
-fn rounded(values: &[f32]) -> Vec<bf16> {
+pub(crate) fn rounded(values: &[f32]) -> Vec<bf16> {
     values.iter().copied().map(bf16::from_f32).collect()
 }
 
@@ -42,7 +41,7 @@ fn to_device(pool: &[f32], shape: HeadShape) -> Vec<bf16> {
     device
 }
 
-fn bits(values: &[bf16]) -> Vec<u16> {
+pub(crate) fn bits(values: &[bf16]) -> Vec<u16> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
@@ -206,7 +205,7 @@ impl Sequence {
 /// Weights are rounded to bf16 before they meet values of up to 2, results once more: 2⁻⁹ of each.
 const TOLERANCE: f32 = 2.0 * 2.0 / 512.0;
 
-fn farthest(device: &[bf16], cpu: &[f32]) -> f32 {
+pub(crate) fn farthest(device: &[bf16], cpu: &[f32]) -> f32 {
     assert_eq!(device.len(), cpu.len());
     let difference = |(a, b): (&bf16, &f32)| {
         assert!(a.is_finite(), "garbage was read");

@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __device__
@@ -52,7 +53,6 @@ struct Fiber {
     ucontext_t context;
     /// Copies that this thread began and has not waited for.
     std::vector<Copy> copies;
-    std::vector<unsigned char> stack = std::vector<unsigned char>(STACK);
     bool done = false;
 };
 
@@ -110,6 +110,17 @@ inline unsigned meet(const void* row, const unsigned* words, unsigned count) {
     return turn;
 }
 
+/// Stacks of fibers, kept from launch to launch: decoders launch thousands of kernels.
+inline unsigned char* stacks(unsigned threads) {
+    static thread_local std::unique_ptr<unsigned char[]> memory;
+    static thread_local unsigned held = 0;
+    if (held < threads) {
+        memory.reset(new unsigned char[threads * STACK]);
+        held = threads;
+    }
+    return memory.get();
+}
+
 /// Runs one block after another. Fibers take turns; a round in which none moves on is a deadlock.
 inline void launch(const unsigned* grid, unsigned threads, unsigned bytes, bool late, std::function<void()> kernel) {
     Device d;
@@ -118,6 +129,7 @@ inline void launch(const unsigned* grid, unsigned threads, unsigned bytes, bool 
     d.kernel = std::move(kernel);
     d.fibers.resize(threads);
     device = &d;
+    unsigned char* const own = stacks(threads);
     std::copy(grid, grid + 3, d.grid);
     for (d.block[2] = 0; d.block[2] < grid[2]; ++d.block[2]) {
         for (d.block[1] = 0; d.block[1] < grid[1]; ++d.block[1]) {
@@ -126,11 +138,12 @@ inline void launch(const unsigned* grid, unsigned threads, unsigned bytes, bool 
                 d.memory.assign(bytes + GUARD + 128, 0xff);
                 d.warps.assign((threads + LANES - 1) / LANES, Meeting{});
                 d.at_barrier = d.finished = 0;
-                for (Fiber& fiber : d.fibers) {
+                for (unsigned i = 0; i < threads; ++i) {
+                    Fiber& fiber = d.fibers[i];
                     fiber.done = false;
                     getcontext(&fiber.context);
-                    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-                    fiber.context.uc_stack.ss_size = fiber.stack.size();
+                    fiber.context.uc_stack.ss_sp = own + i * STACK;
+                    fiber.context.uc_stack.ss_size = STACK;
                     fiber.context.uc_link = &d.scheduler;
                     makecontext(&fiber.context, begin, 0);
                 }

@@ -5,6 +5,7 @@
 #include "attend_rows.cu"
 #include "decode.cu"
 #include "probe.cu"
+#include "rows.cu"
 
 #include <string>
 #include <tuple>
@@ -41,6 +42,13 @@ std::function<void()> named(const std::string& name, void** arguments, unsigned 
     KERNEL(merge)
     KERNEL(probe)
     KERNEL(probe_reduce)
+    KERNEL(gather_rows)
+    KERNEL(norm_rows)
+    KERNEL(norm_heads)
+    KERNEL(add_bias)
+    KERNEL(gate_rows)
+    KERNEL(export_rows)
+    KERNEL(random_weights)
     return nullptr;
 }
 
@@ -64,6 +72,7 @@ extern "C" void constants(u32* out) {
         PAGE_TOKENS,    CHUNK,          sizeof(Span),  PLACE_THREADS,  SCATTER_THREADS, ATTEND_TILE,
         ATTEND_VECTORS, ATTEND_THREADS, PASSES,        DECODE_THREADS, MERGE_THREADS,   MERGE_WARPS,
         PROBE_THREADS,  4 * ATTEND_STAGE * u32(sizeof(u16)), DECODE_WARPS * MEMBERS * LEFT * u32(sizeof(float)),
+        ROWS_THREADS,   ROWS_WARPS * u32(sizeof(float)),
     };
     std::copy(std::begin(all), std::end(all), out);
 }

@@ -4,9 +4,9 @@ use super::{Config, Family};
 
 impl Config {
     /// Names that [`shape`](Self::shape) knows.
-    pub const SHAPES: [&str; 3] = ["smollm2-135m", "qwen2.5-0.5b", "aux-30m"];
+    pub const SHAPES: [&str; 5] = ["smollm2-135m", "qwen2.5-0.5b", "qwen2.5-7b", "qwen2.5-14b", "aux-30m"];
 
-    /// A shape by its name: two published models, and an auxiliary model of 30M parameters (d 512, 12 layers).
+    /// A shape by its name: published models, and an auxiliary model of 30M parameters (d 512, 12 layers).
     pub fn shape(name: &str) -> Option<Self> {
         let llama = Self {
             family: Family::Llama,
@@ -25,20 +25,40 @@ impl Config {
             max_positions: 65_536,
             eos: vec![2],
         };
+        let qwen = Self {
+            family: Family::Qwen2,
+            vocab: 152_064,
+            head_dim: 128,
+            norm_eps: 1e-6,
+            rope_theta: 1_000_000.0,
+            tied: false,
+            eos: vec![151_643],
+            ..llama.clone()
+        };
         Some(match name {
             "smollm2-135m" => llama,
             "qwen2.5-0.5b" => Self {
-                family: Family::Qwen2,
                 vocab: 151_936,
                 hidden: 896,
                 intermediate: 4864,
                 layers: 24,
                 heads: 14,
                 kv_heads: 2,
-                norm_eps: 1e-6,
-                rope_theta: 1_000_000.0,
-                eos: vec![151_643],
-                ..llama
+                head_dim: 64,
+                tied: true,
+                ..qwen
+            },
+            "qwen2.5-7b" => {
+                Self { hidden: 3584, intermediate: 18_944, layers: 28, heads: 28, kv_heads: 4, ..qwen }
+            }
+            "qwen2.5-14b" => Self {
+                hidden: 5120,
+                intermediate: 13_824,
+                layers: 48,
+                heads: 40,
+                kv_heads: 8,
+                norm_eps: 1e-5,
+                ..qwen
             },
             "aux-30m" => Self {
                 vocab: 2048,
@@ -71,7 +91,7 @@ mod tests {
     #[test]
     fn every_named_shape_has_about_the_parameters_of_its_name() {
         let millions = |name| Config::shape(name).expect("a known shape").parameters() / 1_000_000;
-        assert_eq!(Config::SHAPES.map(millions), [134, 494, 29]);
+        assert_eq!(Config::SHAPES.map(millions), [134, 494, 7615, 14_769, 29]);
         assert_eq!(Config::shape("gpt-2"), None);
     }
 }

@@ -102,8 +102,14 @@ take to start; giving up sooner would only have it restarted.
   "model_dir" (include "cacheclip.models.dir" (dict "root" $root "model" "primary"))
   "stores" (list (include "cacheclip.peers" (dict "root" $root "component" "cache-store")))
 -}}
+{{- $values := deepCopy $root.Values.gpuWorker -}}
+{{- /* A worker that was given a GPU must not compute on the CPU because its image is the wrong one. */ -}}
+{{- if eq $values.profile "gpu" -}}
+{{- $cuda := dict "device" "cuda" "cuda" (dict "kept" (include "cacheclip.kernels" .)) -}}
+{{- $_ := set $values "config" (mergeOverwrite $cuda $values.config) -}}
+{{- end -}}
 {{- $port := include "cacheclip.port.gpu-worker" . -}}
-{{- include "cacheclip.config" (dict "root" $root "values" $root.Values.gpuWorker "port" $port "own" $own) -}}
+{{- include "cacheclip.config" (dict "root" $root "values" $values "port" $port "own" $own) -}}
 {{- end -}}
 
 {{- define "cacheclip.config.aux-scorer" -}}

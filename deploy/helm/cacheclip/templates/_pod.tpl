@@ -226,10 +226,11 @@ securityContext:
 {{- end }}
 {{- end -}}
 
-{{/* The driver keeps compiled kernels in the home directory unless it is told of a place that can be written. */}}
+{{/* What NVIDIA's runtime mounts into the container. */}}
 {{- define "cacheclip.env.cuda" -}}
 - name: NVIDIA_DRIVER_CAPABILITIES
   value: compute,utility
-- name: CUDA_CACHE_PATH
-  value: /var/cache/cuda
 {{- end -}}
+
+{{/* Where a worker keeps the kernels that it compiled: a container that starts again has them. */}}
+{{- define "cacheclip.kernels" -}}/var/cache/cuda{{- end -}}

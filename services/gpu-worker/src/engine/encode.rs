@@ -1,9 +1,9 @@
 //! Canonical KV of sections, one after the other, on pages of their own: who waits for a section while holding pages
 //! never waits for pages.
 
+use super::Error;
 use super::job::Section;
 use super::turns::Tenant;
-use super::{Compute, Error};
 use cacheclip_model::kv::{ChunkKv, Export};
 use cacheclip_model::pages::{Allocator, Sequence, pages_for};
 use cacheclip_model::{Collect, Decoder, Device, Logits, Probe, Reduce, Walk};
@@ -24,19 +24,19 @@ pub(crate) struct Canonical {
 pub(crate) const RANK_VERSION: u16 = 1;
 
 /// The sections that wait, and the one being encoded.
-pub(super) struct Encoder {
-    pages: <Compute as Device>::Pages,
+pub(super) struct Encoder<D: Device> {
+    pages: D::Pages,
     sequence: Sequence,
     block_rows: usize,
     waiting: VecDeque<Section>,
-    current: Option<Current>,
+    current: Option<Current<D>>,
     /// Positions of the longest section so far, what it is behind included.
-    longest: usize,
+    reached: usize,
 }
 
-struct Current {
+struct Current<D: Device> {
     section: Section,
-    walk: Walk<Compute>,
+    walk: Walk<D>,
     export: Export,
     probe: Probe,
     spent: Duration,
@@ -45,17 +45,16 @@ struct Current {
 /// Rows that were computed, and how long that took.
 pub(super) type Took = (usize, Duration);
 
-impl Encoder {
-    /// For sections of up to the model's longest sequence. Pages take memory when they are first used.
+impl<D: Device> Encoder<D> {
+    /// For sections of up to `longest` tokens. On the CPU, pages take memory when they are first used.
     ///
     /// # Errors
     /// The device is out of memory.
-    pub(super) fn new(decoder: &Decoder<Compute>, block_rows: usize) -> Result<Self, Error> {
-        let positions = decoder.config().max_positions;
-        let allocator = Allocator::new(pages_for(positions));
+    pub(super) fn new(decoder: &Decoder<D>, block_rows: usize, longest: usize) -> Result<Self, Error> {
+        let allocator = Allocator::new(pages_for(longest));
         let pages = decoder.pages(allocator.total())?;
-        let sequence = allocator.sequence(positions)?;
-        Ok(Self { pages, sequence, block_rows, waiting: VecDeque::new(), current: None, longest: 0 })
+        let sequence = allocator.sequence(longest)?;
+        Ok(Self { pages, sequence, block_rows, waiting: VecDeque::new(), current: None, reached: 0 })
     }
 
     /// Takes a section in.
@@ -70,7 +69,7 @@ impl Encoder {
 
     /// Pages that were written to so far.
     pub(super) fn most_pages(&self) -> usize {
-        pages_for(self.longest)
+        pages_for(self.reached)
     }
 
     /// Whose section is next; `None` when there is none. Sections that nobody waits for any more are dropped.
@@ -85,8 +84,9 @@ impl Encoder {
     }
 
     /// Takes one block of rows through one layer. Returns the rows, and of a section that is complete what it took.
-    pub(super) fn step(&mut self, decoder: &Decoder<Compute>) -> (usize, Option<Took>) {
-        let Some(mut current) = self.current.take().or_else(|| self.begin(decoder)) else { return (0, None) };
+    pub(super) fn step(&mut self, decoder: &Decoder<D>) -> (usize, Option<Took>) {
+        let begun = self.current.take().or_else(|| self.begin(decoder));
+        let Some(mut current) = begun else { return (0, None) };
         let (rows, began) = (current.walk.next_rows(), Instant::now());
         let collect = Collect { export: Some(&mut current.export), probe: Some(&mut current.probe) };
         let stepped = decoder.step(&mut self.pages, &mut current.walk, self.sequence.table(), collect);
@@ -103,13 +103,21 @@ impl Encoder {
         (rows, Some(current.finish(decoder)))
     }
 
-    fn begin(&mut self, decoder: &Decoder<Compute>) -> Option<Current> {
+    fn begin(&mut self, decoder: &Decoder<D>) -> Option<Current<D>> {
         let section = self.waiting.pop_front()?;
         let all = [&section.behind[..], &section.ids[..]].concat();
-        self.longest = self.longest.max(all.len());
         let layers = 0..decoder.config().layers;
+        let walk = match decoder.walk(&all, (0..all.len() as u32).collect(), Logits::None, self.block_rows) {
+            Ok(walk) => walk,
+            Err(error) => {
+                // A caller that went away does not want the answer.
+                let _ = section.reply.send(Err(error.into()));
+                return None;
+            }
+        };
+        self.reached = self.reached.max(all.len());
         Some(Current {
-            walk: decoder.walk(&all, (0..all.len() as u32).collect(), Logits::None, self.block_rows),
+            walk,
             export: Export::default(),
             probe: Probe::new(section.behind.len() as u32, all.len(), layers, Reduce::Mean, Reduce::Mean),
             spent: Duration::ZERO,
@@ -118,8 +126,8 @@ impl Encoder {
     }
 }
 
-impl Current {
-    fn finish(self, decoder: &Decoder<Compute>) -> Took {
+impl<D: Device> Current<D> {
+    fn finish(self, decoder: &Decoder<D>) -> Took {
         let behind = self.section.behind.len();
         let kv = self.export.finish(behind, decoder.config().head_dim);
         let rank = ranks(&self.probe.scores()[behind..]);

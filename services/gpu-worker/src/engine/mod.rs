@@ -22,7 +22,7 @@ pub(crate) use generation::{Event, Generation, Outcome, Placed};
 pub(crate) use turns::Tenant;
 
 use cacheclip_model::kv::ChunkKv;
-use cacheclip_model::{Cpu, Decoder};
+use cacheclip_model::{Decoder, Device};
 use cacheclip_prompt::Tokenizer;
 pub(crate) use job::Owed;
 use job::{Load, Prompt, Section};
@@ -30,9 +30,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use thread::{Inbox, Thread};
 use tokio::sync::{mpsc, oneshot};
-
-/// The device this build computes on.
-pub(crate) type Compute = Cpu;
 
 /// Why the engine did not do a job.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +66,8 @@ pub(crate) enum Error {
 pub(crate) struct Options {
     /// KV budget in pages.
     pub(crate) pages: usize,
+    /// Tokens of the longest section that is encoded, what stands before it included.
+    pub(crate) longest: usize,
     /// Prompts that may wait, and sections.
     pub(crate) queue: usize,
     /// Rows of prefill, through all layers, between two decoding steps.
@@ -109,8 +108,8 @@ impl Engine {
     ///
     /// # Errors
     /// The device cannot hold the pages, or no thread can be started.
-    pub(crate) fn start(
-        decoder: Decoder<Compute>,
+    pub(crate) fn start<D: Device>(
+        decoder: Decoder<D>,
         tokenizer: Tokenizer,
         options: Options,
     ) -> anyhow::Result<Self> {

@@ -3,25 +3,26 @@
 //! A section's KV is placed as it comes, whatever layer it is of, and is nowhere else then. A request begins when the
 //! first layers have come, and computes while the others are on their way.
 
+use super::Error;
 use super::generation::{First, Generation, Placed};
 use super::job::Prompt;
 use super::turns::Tenant;
-use super::{Compute, Error};
 use crate::incoming::Kv;
 use cacheclip_model::device::At;
-use cacheclip_model::kv::ChunkKv;
+use cacheclip_model::kv::{ChunkKv, LayerKv};
 use cacheclip_model::pages::Sequence;
 use cacheclip_model::sample::Sampler;
 use cacheclip_model::{Collect, Decoder, Device, Logits, Probe, Reduce, Walk};
 use cacheclip_plan::{Rung, Selection, Signals, select};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A prompt on its way to its first token.
-pub(super) struct Prefill {
+pub(super) struct Prefill<D: Device> {
     pub(super) prompt: Prompt,
     sequence: Sequence,
-    walk: Walk<Compute>,
+    walk: Walk<D>,
     block_rows: usize,
     goal: Goal,
     /// Sections that are not placed at all layers.
@@ -72,15 +73,15 @@ pub(super) struct Ready {
     pub(super) spent: Duration,
 }
 
-impl Prefill {
+impl<D: Device> Prefill<D> {
     /// Admits a prompt to the pages of `sequence`.
     ///
     /// # Errors
-    /// A selection that is impossible as asked.
+    /// A selection that is impossible as asked; a device without memory for the rows.
     pub(super) fn new(
         mut prompt: Prompt,
         sequence: Sequence,
-        decoder: &Decoder<Compute>,
+        decoder: &Decoder<D>,
         block_rows: usize,
     ) -> Result<Self, (Prompt, Error)> {
         let placed = std::mem::take(&mut prompt.generation.placed);
@@ -88,25 +89,34 @@ impl Prefill {
         let question = generation.assembly.question();
         let mut stages = Stages::default();
         stages.add("queue", generation.queued.elapsed());
-        let (walk, goal) = if generation.in_context() {
+        let begun = if generation.in_context() {
             let positions = (0..generation.ids.len() as u32).collect();
             let selection = Selection::in_context(&generation.assembly, generation.nominal());
-            (decoder.walk(&generation.ids, positions, Logits::Last, block_rows), Goal::Repair(selection))
+            decoder
+                .walk(&generation.ids, positions, Logits::Last, block_rows)
+                .map(|walk| (walk, Goal::Repair(selection)))
+                .map_err(Error::from)
         } else if generation.probe {
             let positions: Vec<u32> = (question.start as u32..question.end as u32).collect();
             let layers = 0..decoder.config().layers;
             let reused = generation.assembly.reused();
             let probe = Probe::new(positions[0], reused.end, layers, Reduce::Max, Reduce::Max);
-            (decoder.walk(&generation.ids[question], positions, Logits::None, block_rows), Goal::Probe(probe))
+            decoder
+                .walk(&generation.ids[question], positions, Logits::None, block_rows)
+                .map(|walk| (walk, Goal::Probe(probe)))
+                .map_err(Error::from)
         } else {
             let began = Instant::now();
-            let selection = match plan(generation, None) {
-                Ok(selection) => selection,
-                Err(error) => return Err((prompt, error)),
-            };
-            let walk = repair(generation, &selection, decoder, block_rows);
+            let begun = plan(generation, None).and_then(|selection| {
+                let walk = repair(generation, &selection, decoder, block_rows)?;
+                Ok((walk, Goal::Repair(selection)))
+            });
             stages.add("plan", began.elapsed());
-            (walk, Goal::Repair(selection))
+            begun
+        };
+        let (walk, goal) = match begun {
+            Ok(begun) => begun,
+            Err(error) => return Err((prompt, error)),
         };
         let sections = match generation.in_context() {
             true => Vec::new(),
@@ -149,11 +159,7 @@ impl Prefill {
     ///
     /// # Errors
     /// The device or the model failed.
-    pub(super) fn step(
-        &mut self,
-        decoder: &Decoder<Compute>,
-        pages: &mut <Compute as Device>::Pages,
-    ) -> Result<usize, Error> {
+    pub(super) fn step(&mut self, decoder: &Decoder<D>, pages: &mut D::Pages) -> Result<usize, Error> {
         let began = Instant::now();
         if self.place(decoder, pages)? {
             self.stages.add("place", began.elapsed());
@@ -177,27 +183,55 @@ impl Prefill {
             let generation = &*self.prompt.generation;
             let probed = probe.scores().split_off(generation.assembly.reused().start);
             let selection = plan(generation, Some(&probed))?;
-            self.walk = repair(generation, &selection, decoder, self.block_rows);
+            self.walk = repair(generation, &selection, decoder, self.block_rows)?;
             self.goal = Goal::Repair(selection);
             self.stages.add("plan", began.elapsed());
         }
         Ok(rows)
     }
 
-    /// Places what has come; whether there was any.
-    fn place(
-        &mut self,
-        decoder: &Decoder<Compute>,
-        pages: &mut <Compute as Device>::Pages,
-    ) -> Result<bool, Error> {
-        let (table, mut placed) = (self.sequence.table(), false);
-        for section in self.sections.iter_mut().filter(|section| section.has_come()) {
-            section.place(decoder, pages, table)?;
-            placed = true;
+    /// Places what has come, and lets go of that; whether there was any.
+    fn place(&mut self, decoder: &Decoder<D>, pages: &mut D::Pages) -> Result<bool, Error> {
+        let (table, layers) = (self.sequence.table(), decoder.config().layers);
+        // Sections together: a device places them in one go.
+        let (mut parts, mut whole) = (BTreeMap::<usize, Vec<_>>::new(), Vec::new());
+        // Leave to hold what is in `whole`.
+        let mut held = Vec::new();
+        for Section { placed: Placed { starts, kv }, layers: there } in &mut self.sections {
+            let came = match kv {
+                Kv::Here(kv) => {
+                    *there = layers;
+                    whole.push((kv.clone(), &starts[..]));
+                    continue;
+                }
+                Kv::Coming(kv) => kv.take(),
+            };
+            if came.len() == layers {
+                *there = layers;
+                let kv = ChunkKv::shared(came.iter().map(|layer| Arc::clone(&layer.kv)).collect());
+                whole.push((kv, &starts[..]));
+                held.extend(came);
+                continue;
+            }
+            for layer in came {
+                parts.entry(*there).or_default().push((layer, &starts[..]));
+                *there += 1;
+            }
         }
-        let layers = decoder.config().layers;
+        if parts.is_empty() && whole.is_empty() {
+            return Ok(false);
+        }
+        // Before the others: these are few, and computing waits for all that was placed in its layer.
+        for (layer, sections) in parts {
+            let sections: Vec<(&LayerKv, usize)> =
+                sections.iter().flat_map(|(layer, starts)| at_all(&*layer.kv, starts)).collect();
+            decoder.place_sections(pages, At { layer, table }, &sections)?;
+        }
+        let sections: Vec<(&ChunkKv, usize)> =
+            whole.iter().flat_map(|(kv, starts)| at_all(kv, starts)).collect();
+        decoder.place_all(pages, table, &sections)?;
         self.sections.retain(|section| section.layers < layers);
-        Ok(placed)
+        Ok(true)
     }
 
     /// Whether the first token can be drawn.
@@ -214,11 +248,10 @@ impl Prefill {
     ///
     /// # Errors
     /// Logits that are no numbers.
-    pub(super) fn finish(mut self, decoder: &Decoder<Compute>) -> Result<Ready, (Prompt, Error)> {
+    pub(super) fn finish(mut self, decoder: &Decoder<D>) -> Result<Ready, (Prompt, Error)> {
         let began = Instant::now();
-        let logits = decoder.logits(self.walk);
         let mut sampler = Sampler::new(self.prompt.generation.sampling);
-        let token = match sampler.next(&logits) {
+        let token = match decoder.logits(self.walk).and_then(|logits| sampler.next(&logits)) {
             Ok(token) => token,
             Err(error) => return Err((self.prompt, error.into())),
         };
@@ -244,62 +277,25 @@ impl Section {
             Kv::Coming(kv) => kv.waits(),
         }
     }
-
-    /// Places what has come of it, and lets go of that.
-    fn place(
-        &mut self,
-        decoder: &Decoder<Compute>,
-        pages: &mut <Compute as Device>::Pages,
-        table: &[u32],
-    ) -> Result<(), Error> {
-        let Placed { starts, kv } = &self.placed;
-        let layers = decoder.config().layers;
-        let came = match kv {
-            Kv::Here(kv) => {
-                self.layers = layers;
-                return whole(decoder, pages, table, kv, starts);
-            }
-            Kv::Coming(kv) => kv.take(),
-        };
-        if came.len() == layers {
-            self.layers = layers;
-            let kv = ChunkKv::shared(came.iter().map(|layer| Arc::clone(&layer.kv)).collect());
-            return whole(decoder, pages, table, &kv, starts);
-        }
-        for layer in came {
-            let at = At { layer: self.layers, table };
-            for &start in starts {
-                decoder.place_layer(pages, at, &layer.kv, start)?;
-            }
-            self.layers += 1;
-        }
-        Ok(())
-    }
 }
 
-/// Places all layers of a section.
-fn whole(
-    decoder: &Decoder<Compute>,
-    pages: &mut <Compute as Device>::Pages,
-    table: &[u32],
-    kv: &ChunkKv,
-    starts: &[usize],
-) -> Result<(), Error> {
-    starts.iter().try_for_each(|&start| Ok(decoder.place(pages, table, kv, start)?))
+/// The same KV at each of its places.
+fn at_all<'a, T>(kv: &'a T, starts: &'a [usize]) -> impl Iterator<Item = (&'a T, usize)> {
+    starts.iter().map(move |&start| (kv, start))
 }
 
 /// The rows to recompute and the question, at the first layer.
-fn repair(
+fn repair<D: Device>(
     generation: &Generation,
     selection: &Selection,
-    decoder: &Decoder<Compute>,
+    decoder: &Decoder<D>,
     block_rows: usize,
-) -> Walk<Compute> {
+) -> Result<Walk<D>, Error> {
     let question = generation.assembly.question();
     let rows: Vec<u32> =
         selection.rows.iter().copied().chain(question.start as u32..question.end as u32).collect();
     let ids: Vec<u32> = rows.iter().map(|&row| generation.ids[row as usize]).collect();
-    decoder.walk(&ids, rows, Logits::Last, block_rows)
+    Ok(decoder.walk(&ids, rows, Logits::Last, block_rows)?)
 }
 
 fn plan(generation: &Generation, probed: Option<&[f32]>) -> Result<Selection, Error> {

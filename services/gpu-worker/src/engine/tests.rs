@@ -3,6 +3,7 @@
 use super::*;
 use crate::budget::{Budget, Window};
 use crate::incoming::{Incoming, Kv, Layer};
+use cacheclip_model::Cpu;
 use cacheclip_model::config::Config;
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_model::load::{Source, load};
@@ -12,7 +13,7 @@ use std::time::Instant;
 const PAGES: usize = 96;
 const DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
 
-fn decoder() -> Decoder<Compute> {
+fn decoder() -> Decoder<Cpu> {
     let config = Config::shape("aux-30m").unwrap();
     let config =
         Config { layers: 3, vocab: 400, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, ..config };
@@ -25,7 +26,7 @@ fn tokenizer() -> Tokenizer {
 }
 
 fn engine(pages: usize) -> Engine {
-    let options = Options { pages, queue: 8, prefill_rows: 16, shadow_ratio: 0.0 };
+    let options = Options { pages, longest: 1024, queue: 8, prefill_rows: 16, shadow_ratio: 0.0 };
     Engine::start(decoder(), tokenizer(), options).unwrap()
 }
 
@@ -109,7 +110,7 @@ async fn window(kv: &ChunkKv) -> Window {
 /// Its layers come.
 fn arrive(engine: &Engine, coming: &Incoming, kv: &ChunkKv, window: &Window) {
     for share in kv.shares() {
-        let size = size_of_val(&share.data[..]) as u64;
+        let size = share.bytes() as u64;
         coming.arrive(Layer::new(share, window.try_grant(size).unwrap()));
         engine.wake();
     }

@@ -7,9 +7,8 @@ use super::job::{Load, Prompt, Section};
 use super::prefill::{Prefill, Ready};
 use super::shadow::{Rate, Shadow};
 use super::turns::Turns;
-use super::{Compute, Error, Options};
+use super::{Error, Options};
 use cacheclip_model::pages::{Allocator, page_bytes, pages_for};
-use cacheclip_model::walk::BLOCK_ROWS;
 use cacheclip_model::{Batch, Decoder, Device};
 use cacheclip_prompt::Tokenizer;
 use std::collections::VecDeque;
@@ -30,16 +29,16 @@ pub(super) struct Inbox {
 }
 
 /// What the engine thread owns.
-pub(super) struct Thread {
-    decoder: Decoder<Compute>,
+pub(super) struct Thread<D: Device> {
+    decoder: Decoder<D>,
     tokenizer: Tokenizer,
-    pages: <Compute as Device>::Pages,
+    pages: D::Pages,
     allocator: Allocator,
     inbox: Inbox,
     /// Prompts without pages, in order of arrival.
     waiting: VecDeque<Prompt>,
-    encoder: Encoder,
-    prefills: Vec<Prefill>,
+    encoder: Encoder<D>,
+    prefills: Vec<Prefill<D>>,
     running: Vec<Running>,
     turns: Turns,
     /// Of one decoding step.
@@ -63,9 +62,9 @@ enum Next {
     Prompt(usize),
 }
 
-impl Thread {
+impl<D: Device> Thread<D> {
     pub(super) fn new(
-        decoder: Decoder<Compute>,
+        decoder: Decoder<D>,
         tokenizer: Tokenizer,
         options: &Options,
         inbox: Inbox,
@@ -73,10 +72,10 @@ impl Thread {
     ) -> Result<Self, Error> {
         let allocator = Allocator::new(options.pages);
         let budget = options.prefill_rows.max(1) * decoder.config().layers;
-        let block_rows = budget.clamp(FEWEST, BLOCK_ROWS);
+        let block_rows = budget.clamp(FEWEST, decoder.device().block_rows().max(FEWEST));
         Ok(Self {
             pages: decoder.pages(allocator.total())?,
-            encoder: Encoder::new(&decoder, block_rows)?,
+            encoder: Encoder::new(&decoder, block_rows, options.longest)?,
             budget,
             block_rows,
             decoder,
@@ -96,9 +95,13 @@ impl Thread {
         })
     }
 
-    /// Works until nobody can ask for anything any more and everything asked for is done.
+    /// Works until nobody can ask for anything any more and everything asked for is done, or until the device is lost.
     pub(super) fn run(mut self) {
         while self.receive() {
+            if self.decoder.device().lost() {
+                tracing::error!("the device is lost: restart the worker");
+                return;
+            }
             self.prefills.retain(|prefill| !prefill.abandoned());
             self.running.retain(|running| !running.abandoned());
             self.admit();
@@ -293,7 +296,8 @@ impl Thread {
         let queued = self.inbox.prompts.len() + self.inbox.sections.len();
         crate::metrics::requests(queued + waiting, self.running.len());
         crate::metrics::pages(self.allocator.total() - self.allocator.free(), self.allocator.total());
-        let most = self.most_pages + self.encoder.most_pages();
-        crate::metrics::pages_peak(most as u64 * page_bytes(self.decoder.config(), size_of::<f32>()));
+        let most = (self.most_pages + self.encoder.most_pages()) as u64;
+        let element = self.decoder.device().dtype().size();
+        crate::metrics::pages_peak(most * page_bytes(self.decoder.config(), element));
     }
 }

@@ -12,7 +12,6 @@ use crate::incoming::{Incoming, Layer};
 use crate::link::Flight;
 use cacheclip_chunk::ContainerHash;
 use cacheclip_client::{Item, StoreClient};
-use cacheclip_model::layout::layer;
 use cacheclip_rpc::v1::{MissReason, Tier};
 use futures::StreamExt as _;
 use std::ops::Range;
@@ -220,7 +219,7 @@ impl<'a> Reading<'a> {
                 known.rank = Some(ranks.into()).filter(|ranks: &Arc<[u8]>| ranks.len() == tokens);
             }
             Item::Layer(it) if section.container.is_some() && it.layer as usize == known.kv.came() => {
-                let kv = Arc::new(layer(&it.data, tokens));
+                let kv = Arc::new(self.loader.layer(&it.data, tokens));
                 let layer = Layer::new(kv, grant.split(section.size));
                 section.kept.iter_mut().for_each(|kept| kept.push(layer.clone()));
                 known.kv.arrive(layer);

@@ -18,9 +18,10 @@ use crate::metrics;
 use crate::options::{Loading, Options};
 use crate::ram::{Mark, Ram, Section};
 use crate::writer::Writer;
-use cacheclip_chunk::{ByteSpan, ChunkKey};
+use cacheclip_chunk::{ByteSpan, ChunkKey, LayoutSpec};
 use cacheclip_client::{Since, StoreClient, Terms};
-use cacheclip_model::kv::ChunkKv;
+use cacheclip_model::kv::{ChunkKv, HostPool, LayerKv};
+use cacheclip_model::layout::layer_of;
 use cacheclip_plan::{Cost, Server, Way, divide};
 use cacheclip_rpc::v1::{MissReason, Tier};
 use cacheclip_service::seconds;
@@ -103,6 +104,8 @@ pub(crate) struct Loader {
     writer: Option<Writer>,
     layout: Arc<Layout>,
     anchor: Arc<[u32]>,
+    /// Where KV that comes is kept.
+    host: HostPool,
     loading: Loading,
     link: Link,
     /// Held while a request decides: the next one shall know what it asked for.
@@ -112,9 +115,10 @@ pub(crate) struct Loader {
 }
 
 impl Loader {
-    /// Looks in `ram`, then in `stores`, then asks `engine`; what was computed goes to `writer`.
+    /// Looks in `ram`, then in `stores`, whose KV is kept in `host`'s bytes, then asks `engine`; what was computed goes to
+    /// `writer`.
     pub(crate) fn new(
-        ram: Ram,
+        (ram, host): (Ram, HostPool),
         stores: Option<StoreClient>,
         engine: Engine,
         writer: Option<Writer>,
@@ -129,6 +133,7 @@ impl Loader {
             writer,
             layout,
             anchor,
+            host,
             loading: options.loading,
             link: Link::default(),
             deciding: Arc::default(),
@@ -258,8 +263,13 @@ impl Loader {
 
     /// The same of one layer.
     fn layer_bytes(&self, tokens: usize) -> u64 {
-        let shape = &self.layout.spec.shape;
-        u64::from(shape.kv_heads * shape.head_dim) * 2 * size_of::<f32>() as u64 * tokens as u64
+        let LayoutSpec { shape, dtype, .. } = &self.layout.spec;
+        shape.layer_bytes(tokens as u32, *dtype)
+    }
+
+    /// A layer of a section from the bytes of its segment.
+    fn layer(&self, bytes: &[u8], tokens: usize) -> LayerKv {
+        layer_of(self.layout.spec.dtype, bytes, tokens, &self.host)
     }
 
     fn layers(&self) -> usize {

@@ -71,7 +71,7 @@ impl Sample {
             Dtype::F16 => data.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
             Dtype::Bf16 => data.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
         };
-        self.kv.layers().map(|layer| bytes(&layer.data)).collect()
+        self.kv.layers().map(|layer| bytes(&layer.values())).collect()
     }
 }
 
