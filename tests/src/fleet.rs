@@ -1,6 +1,7 @@
 //! A fleet of real processes: one gateway, two cache-stores, one scorer, two workers, a redis-server.
 
 use crate::process::{Process, Program, free_port};
+use crate::until;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use tempfile::TempDir;
@@ -91,6 +92,11 @@ impl Fleet {
         let all = stores.iter_mut().chain(&mut workers).chain(&mut scorers).chain([&mut gateway]);
         for process in all {
             process.ready().await;
+        }
+        // Ready with one store, they would keep every chunk there until they hear of the other.
+        for process in workers.iter().chain(&scorers) {
+            let heard = async || process.metric("cacheclip_client_live_stores").await == Some(2.0);
+            until("workers and scorers know both stores", heard).await;
         }
         Some(Self { gateway, workers, scorers, stores, redis, dir, shape })
     }

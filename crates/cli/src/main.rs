@@ -14,6 +14,9 @@ use cacheclip_service::telemetry;
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: cacheclip_service::Allocator = cacheclip_service::Allocator;
+
 /// Answers questions over retrieved chunks whose KV was computed once and is reused in every order.
 #[derive(Debug, Parser)]
 #[command(name = "cacheclip", version, after_help = "Start with: cacheclip demo")]

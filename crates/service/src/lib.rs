@@ -47,8 +47,6 @@ pub use readiness::{LIVENESS, Readiness};
 pub use run::{BAD_CONFIG, FAILED_START, Failure, run, stop_signal};
 pub use running::{Drain, Drained, Running};
 pub use server::Server;
-
-/// Every process that serves has this allocator: buffers of KV come and go in many sizes, and the system's allocator keeps
-/// what lies between them. Its settings are in `.cargo/config.toml`.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+/// The allocator of every program that serves: buffers of KV come and go in many sizes, and the system's allocator keeps
+/// what lies free between them. Its settings are in `.cargo/config.toml`.
+pub use tikv_jemallocator::Jemalloc as Allocator;
