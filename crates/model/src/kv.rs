@@ -128,7 +128,12 @@ impl LayerKv {
         }
         fn joined<T: Copy>(a: &[T], b: &[T], (of_a, of_b): (usize, usize)) -> Vec<T> {
             let heads = a.chunks_exact(of_a.max(1)).zip(b.chunks_exact(of_b.max(1)));
-            heads.flat_map(|(ours, theirs)| ours.iter().chain(theirs)).copied().collect()
+            let mut all = Vec::with_capacity(a.len() + b.len());
+            heads.for_each(|(ours, theirs)| {
+                all.extend_from_slice(ours);
+                all.extend_from_slice(theirs);
+            });
+            all
         }
         let tokens = self.tokens + next.tokens;
         let lengths = |width: usize| (self.tokens * width, next.tokens * width);
