@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 /// Pages that a device has beside those of a model's sequences.
 const SPARE: usize = 64;
+/// Page-locked bytes that every step needs, whatever KV there is: lists that go to the device, logits that come from it.
+const STEP_BYTES: u64 = 256 << 20;
 
 /// A piece of work on a device's clock.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +32,14 @@ pub trait Timed: Device {
     /// A device fault.
     fn finish(&self) -> Result<(), Error> {
         Ok(())
+    }
+
+    /// Bytes per second that a copy of so many bytes reads and writes; none on a device that is the host.
+    ///
+    /// # Errors
+    /// Out of memory; a device fault.
+    fn copying(&self, _bytes: usize) -> Result<Option<f64>, Error> {
+        Ok(None)
     }
 
     /// Begins to note.
@@ -73,7 +83,7 @@ impl Room {
             block_rows,
             overlap: true,
             // Four bytes each, however few a device keeps them in: a limit, not a reservation.
-            host_bytes: (elements * size_of::<f32>()) as u64,
+            host_bytes: STEP_BYTES + (elements * size_of::<f32>()) as u64,
         }
     }
 }
@@ -105,6 +115,10 @@ impl Bed for Rehearsal {
 impl Timed for Cuda {
     fn finish(&self) -> Result<(), Error> {
         Self::finish(self)
+    }
+
+    fn copying(&self, bytes: usize) -> Result<Option<f64>, Error> {
+        self.copy_bandwidth(bytes).map(Some)
     }
 
     fn trace(&self) -> Result<(), Error> {

@@ -43,6 +43,7 @@ impl Conduct {
             let seconds = share(all.left(), &weights);
             if all.left() < 1.0 {
                 tell(format_args!("{}: no time left", part.name()));
+                report.parts.push(Done { part, state: State::Cut, seconds: 0.0, rows: Vec::new() });
                 continue;
             }
             tell(format_args!("{} ({seconds:.0} s)", part.name()));
@@ -105,6 +106,7 @@ impl Conduct {
         written?;
         let state = match status {
             None => State::Cut,
+            Some(status) if status.code() == Some(code::CUT.into()) => State::Cut,
             Some(status) if status.success() => State::Done,
             Some(status) => State::Failed(status.to_string()),
         };

@@ -35,4 +35,6 @@ pub mod code {
     pub const TOOLKIT: u8 = 83;
     /// A build without CUDA.
     pub const BUILD: u8 = 86;
+    /// Of a part: its time was up before it was through; what it gave is right. Of all: nothing failed, and not all was done.
+    pub const CUT: u8 = 75;
 }

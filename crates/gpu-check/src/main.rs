@@ -9,6 +9,7 @@ use cacheclip_gpu_check::scale::Scale;
 use cacheclip_gpu_check::work::{Sink, Work};
 use cacheclip_gpu_check::{code, find};
 use clap::Parser;
+use serde_json::json;
 use std::io::Write as _;
 #[cfg(feature = "cuda")]
 use std::path::Path;
@@ -65,7 +66,7 @@ fn main() -> ExitCode {
     arguments.find();
     let done = match arguments.part {
         _ if !arguments.keep.is_empty() => keep(&arguments).map(|()| ExitCode::SUCCESS),
-        Some(part) => one(part, &arguments).map(|()| ExitCode::SUCCESS),
+        Some(part) => told(&arguments.work(), |work| one(part, &arguments, work)),
         None => all(&arguments),
     };
     done.unwrap_or_else(|error| {
@@ -138,19 +139,40 @@ fn all(options: &Arguments) -> anyhow::Result<ExitCode> {
     report.write(&options.out)?;
     let text = format!("{}\n{}", report.text(), options.out.display());
     _ = writeln!(std::io::stdout().lock(), "{text}");
-    Ok(if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(match (report.passed(), report.whole(&parts)) {
+        (false, _) => ExitCode::FAILURE,
+        (true, false) => ExitCode::from(code::CUT),
+        (true, true) => ExitCode::SUCCESS,
+    })
+}
+
+/// Does a part. What stops it is a row, too: who reads the report has not seen standard error.
+fn told(work: &Work, part: impl FnOnce(&Work) -> anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    let (sink, usual) = (work.clone(), std::panic::take_hook());
+    std::panic::set_hook(Box::new(move |panic| {
+        // Nobody reads any more.
+        _ = sink.row(&json!({ "row": "error", "said": panic.to_string() }));
+        usual(panic);
+    }));
+    let done = part(work);
+    match &done {
+        Err(error) if nothing(error).is_none() => {
+            work.row(&json!({ "row": "error", "said": format!("{error:#}") }))?;
+        }
+        _ => {}
+    }
+    done.map(|()| if work.deadline.passed() { ExitCode::from(code::CUT) } else { ExitCode::SUCCESS })
 }
 
 /// One part, here.
-fn one(part: Part, options: &Arguments) -> anyhow::Result<()> {
-    let work = options.work();
+fn one(part: Part, options: &Arguments, work: &Work) -> anyhow::Result<()> {
     if options.rehearse {
         return match part {
-            Part::Device => parts::device::give(&work, "no GPU: a rehearsal on the CPU".into(), None),
-            _ => parts::run(part, &Rehearsal, &work).map(|_| ()),
+            Part::Device => parts::device::give(work, "no GPU: a rehearsal on the CPU".into(), None),
+            _ => parts::run(part, &Rehearsal, work).map(|_| ()),
         };
     }
-    gpu(part, options, &work)
+    gpu(part, options, work)
 }
 
 #[cfg(feature = "cuda")]

@@ -10,12 +10,14 @@ use cacheclip_model::{Collect, Decoder, Device, Logits, Pass};
 use cacheclip_plan::Assembly;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Tokens of the anchor, which is the prefix of every prompt here.
 pub const ANCHOR: usize = 16;
 /// Layers that are placed ahead of the one that is computed.
 const AHEAD: usize = 1;
+/// Pause between two looks at what has come.
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// A model with pages.
 pub struct Model<D: Device> {
@@ -23,6 +25,8 @@ pub struct Model<D: Device> {
     pages: D::Pages,
     allocator: Allocator,
     block_rows: usize,
+    /// Canonical KV of the first chunks of prompts, and how many tokens each has.
+    known: (usize, Vec<ChunkKv>),
 }
 
 impl<D: Device> std::fmt::Debug for Model<D> {
@@ -110,7 +114,8 @@ impl<D: Timed> Model<D> {
     pub fn load(source: &Source, device: D, room: Room) -> anyhow::Result<Self> {
         let decoder = load(source, device)?.decoder;
         let pages = decoder.pages(room.pages)?;
-        Ok(Self { decoder, pages, allocator: Allocator::new(room.pages), block_rows: room.block_rows })
+        let (allocator, block_rows) = (Allocator::new(room.pages), room.block_rows);
+        Ok(Self { decoder, pages, allocator, block_rows, known: (0, Vec::new()) })
     }
 
     /// The model.
@@ -146,9 +151,17 @@ impl<D: Timed> Model<D> {
         let assembly = Assembly::new(ANCHOR, &vec![tokens_each; chunks], question, true);
         let mut sections = vec![(self.canonical(&[], &anchor)?, 0)];
         let mut ids = anchor.clone();
+        // The same chunks in every prompt: what a shorter one computed is not computed again.
+        if self.known.0 != tokens_each {
+            self.known = (tokens_each, Vec::new());
+        }
         for chunk in 0..chunks {
             let own = tokens(tokens_each, chunk + 1, vocab);
-            sections.push((self.canonical(&anchor, &own)?, ids.len()));
+            if self.known.1.len() == chunk {
+                let kv = self.canonical(&anchor, &own)?;
+                self.known.1.push(kv);
+            }
+            sections.push((self.known.1[chunk].clone(), ids.len()));
             ids.extend(own);
         }
         ids.extend(tokens(question, chunks + 1, vocab));
@@ -202,9 +215,13 @@ impl<D: Timed> Model<D> {
         let mut placed = 0;
         let chosen = std::thread::scope(|scope| {
             let choosing = scope.spawn(choose);
-            while placed < layers && !choosing.is_finished() && prompt.has(placed) {
-                self.place(prompt, table, placed)?;
-                placed += 1;
+            while placed < layers && !choosing.is_finished() {
+                if prompt.has(placed) {
+                    self.place(prompt, table, placed)?;
+                    placed += 1;
+                } else {
+                    std::thread::sleep(PAUSE);
+                }
             }
             choosing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })?;
@@ -237,7 +254,10 @@ impl<D: Timed> Model<D> {
         positions: Vec<u32>,
         mut ahead: impl FnMut(&Decoder<D>, usize, &mut D::Pages) -> anyhow::Result<()>,
     ) -> anyhow::Result<Vec<f32>> {
-        let mut walk = self.decoder.walk(ids, positions, Logits::Last, self.block_rows)?;
+        // Blocks of one size: 48 rows behind 4,096 would read all weights for little.
+        let blocks = ids.len().div_ceil(self.block_rows).max(1);
+        let rows = ids.len().div_ceil(blocks).max(1);
+        let mut walk = self.decoder.walk(ids, positions, Logits::Last, rows)?;
         while !walk.done() {
             if walk.at_layer_start() {
                 ahead(&self.decoder, walk.layer(), &mut self.pages)?;

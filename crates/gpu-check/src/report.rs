@@ -82,6 +82,12 @@ impl Report {
         self.parts.iter().all(|done| ended(done) && !done.rows.iter().any(failed))
     }
 
+    /// Whether every one of `parts` is there, and came to its end.
+    pub fn whole(&self, parts: &[Part]) -> bool {
+        let done = |part| self.parts.iter().any(|it| it.part == part && it.state == State::Done);
+        parts.iter().all(|&part| done(part))
+    }
+
     /// Writes the file, whole or not at all.
     ///
     /// # Errors
@@ -101,6 +107,11 @@ impl Report {
         for row in self.parts.iter().flat_map(|done| &done.rows).filter(|row| row["passed"] == false) {
             lines.push(format!("FAILED {} {}: {}", row["row"], row["name"], row["said"]));
         }
+        for (done, row) in self.parts.iter().flat_map(|it| it.rows.iter().map(move |row| (it, row))) {
+            if row["row"] == "error" {
+                lines.push(format!("ERROR {}: {}", done.part.name(), row["said"]));
+            }
+        }
         for target in &self.targets {
             lines.push(target.text());
         }
@@ -108,7 +119,8 @@ impl Report {
             let state = match &done.state {
                 State::Failed(why) => format!("failed: {why}"),
                 State::Cut => "cut".to_owned(),
-                State::Running | State::Done => "done".to_owned(),
+                State::Running => "did not end".to_owned(),
+                State::Done => "done".to_owned(),
             };
             lines.push(format!(
                 "{}: {state}, {:.0} s, {} rows",

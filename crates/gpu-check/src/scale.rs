@@ -44,7 +44,8 @@ impl Scale {
         chunk: 512,
         question: 32,
         rounds: 7,
-        block_rows: 4096,
+        // 4,096 tokens of chunks, an anchor and a question are one block.
+        block_rows: 4160,
         batches: &[1, 32, 2, 4, 8, 16],
         columns: 2048,
         steps: 16,

@@ -39,7 +39,7 @@ constexpr u32 SIZE = DTYPE == Dtype::F32 ? 4 : 2;
 
 /// Eight bytes of a plane.
 struct alignas(8) Eight {
-    u8 byte[CHUNK];
+    u32 word[CHUNK / 4];
 };
 
 /// Reads CHUNK elements from `element`, which is a multiple of CHUNK.
@@ -52,7 +52,7 @@ __device__ __forceinline__ void read_chunk(const u8* layer, u64 element, u64 ele
             const Eight eight = *reinterpret_cast<const Eight*>(layer + plane_at(element, plane, elements));
 #pragma unroll
             for (u32 i = 0; i < CHUNK; ++i) {
-                bits[i] |= u32(eight.byte[i]) << 8 * plane;
+                bits[i] |= (eight.word[i / 4] >> 8 * (i % 4) & 0xff) << 8 * plane;
             }
         }
     } else if constexpr (DTYPE == Dtype::F32) {
@@ -98,20 +98,21 @@ __device__ __forceinline__ void place(
     const u64 elements = stored_elements(kv_heads, span.tokens, HEAD_DIM);
     const u64 from_key = stored_key(at.head, at.token, span.tokens, HEAD_DIM), from_value = from_key + elements / 2;
 
-    float first[CHUNK], second[CHUNK];
+    // All that is read is asked for before anything is written: for all the compiler knows, pages and staging overlap.
+    float first[CHUNK], second[CHUNK], third[CHUNK], fourth[CHUNK];
     read_chunk<DTYPE, PLANES>(layer, from_key + low, elements, first);
     read_chunk<DTYPE, PLANES>(layer, from_key + high, elements, second);
+    read_chunk<DTYPE, PLANES>(layer, from_value + low, elements, third);
+    read_chunk<DTYPE, PLANES>(layer, from_value + high, elements, fourth);
     const u64 angle = angle_at(position, at.piece, HEAD_DIM);
     rotate_piece(first, second, cosines + angle, sines + angle);
     u16* key = pool + key_at(page, at.head, slot, kv_heads, HEAD_DIM);
     store_chunk(key + low, packed(first));
     store_chunk(key + high, packed(second));
 
-    read_chunk<DTYPE, PLANES>(layer, from_value + low, elements, first);
-    read_chunk<DTYPE, PLANES>(layer, from_value + high, elements, second);
     u16* value = pool + value_at(page, at.head, slot, kv_heads, HEAD_DIM);
-    store_chunk(value + low, packed(first));
-    store_chunk(value + high, packed(second));
+    store_chunk(value + low, packed(third));
+    store_chunk(value + high, packed(fourth));
 }
 
 }  // namespace cacheclip

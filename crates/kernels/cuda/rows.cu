@@ -122,7 +122,7 @@ norm_rows(const unsigned short* x, const float* weight, unsigned int width, floa
         unpack(load_chunk(x + first + at), value);
 #pragma unroll
         for (u32 i = 0; i < CHUNK; ++i) {
-            value[i] = value[i] * factor * weight[at + i];
+            value[i] = value[i] * factor * reinterpret_cast<const Quad*>(weight + at)[i / 4].value[i % 4];
         }
         store_chunk(out + first + at, packed(value));
     }
@@ -169,7 +169,7 @@ add_bias(unsigned short* x, const float* bias, unsigned int rows, unsigned int w
     unpack(load_chunk(x + index * CHUNK), value);
 #pragma unroll
     for (u32 i = 0; i < CHUNK; ++i) {
-        value[i] += bias[at + i];
+        value[i] += reinterpret_cast<const Quad*>(bias + at)[i / 4].value[i % 4];
     }
     store_chunk(x + index * CHUNK, packed(value));
 }

@@ -37,7 +37,10 @@ impl PartialEq for LayerKv {
 /// Of each of `heads` rows of `before` tokens, those of `kept`; a token is `width` elements.
 fn tokens_of<T: Copy>(data: &[T], before: usize, kept: std::ops::Range<usize>, width: usize) -> Vec<T> {
     let heads = data.chunks_exact((before * width).max(1));
-    heads.flat_map(|head| &head[kept.start * width..kept.end * width]).copied().collect()
+    // Heads are copied whole: element by element it is what takes longest when a chunk is encoded.
+    let mut all = Vec::with_capacity(heads.len() * kept.len() * width);
+    heads.for_each(|head| all.extend_from_slice(&head[kept.start * width..kept.end * width]));
+    all
 }
 
 impl LayerKv {
@@ -125,7 +128,12 @@ impl LayerKv {
         }
         fn joined<T: Copy>(a: &[T], b: &[T], (of_a, of_b): (usize, usize)) -> Vec<T> {
             let heads = a.chunks_exact(of_a.max(1)).zip(b.chunks_exact(of_b.max(1)));
-            heads.flat_map(|(ours, theirs)| ours.iter().chain(theirs)).copied().collect()
+            let mut all = Vec::with_capacity(a.len() + b.len());
+            heads.for_each(|(ours, theirs)| {
+                all.extend_from_slice(ours);
+                all.extend_from_slice(theirs);
+            });
+            all
         }
         let tokens = self.tokens + next.tokens;
         let lengths = |width: usize| (self.tokens * width, next.tokens * width);

@@ -16,6 +16,7 @@
 
 mod buffers;
 pub mod certificate;
+pub mod closure;
 pub mod config;
 pub mod cpu;
 pub mod cuda;

@@ -2,6 +2,7 @@
 
 use crate::metrics;
 use cacheclip_chunk::ByteSpan;
+use cacheclip_model::closure::{self, Chunks};
 use cacheclip_model::kv::{ChunkKv, Export};
 use cacheclip_model::pages::{Allocator, Sequence};
 use cacheclip_model::{Cpu, Decoder, Device, Logits, Pass, Probe, Reduce};
@@ -12,12 +13,6 @@ use quick_cache::sync::Cache;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Rounds of closure: one per link that may stand between a question and its answer.
-const FOLLOW_ROUNDS: usize = 2;
-/// Share of the auxiliary tokens that is followed in each round.
-const FOLLOW_SHARE: f32 = 0.02;
-/// Most tokens that are followed in a round: what a round costs grows with them and with the prompt.
-const FOLLOW_MOST: usize = 32;
 /// Prompt heads whose KV is kept.
 const PREFIXES: usize = 64;
 
@@ -235,10 +230,15 @@ impl Auxiliary {
             let mut scores = probe.scores();
             if follows {
                 let mut followed = Vec::new();
-                for _ in 0..FOLLOW_ROUNDS {
+                for _ in 0..closure::ROUNDS {
                     // A round leaves the rows it followed recomputed.
                     self.restore(workspace, chunks, &starts, &followed)?;
-                    followed = self.follow(workspace, chunks, &starts, &mut scores)?;
+                    let places = Chunks { table: workspace.sequence.table(), starts: &starts };
+                    let id = |position| {
+                        let chunk = places.of(position);
+                        chunks[chunk].ids[position - starts[chunk]]
+                    };
+                    followed = closure::follow(&self.decoder, &mut workspace.pages, places, id, &mut scores)?;
                 }
             }
             Ok(scores)
@@ -280,57 +280,12 @@ impl Auxiliary {
         let dim = self.decoder.config().head_dim;
         let table = workspace.sequence.table();
         for &position in positions {
-            let chunk = starts.partition_point(|&start| start <= position) - 1;
+            let chunk = Chunks { table, starts }.of(position);
             let token = position - starts[chunk];
             let layers = chunks[chunk].kv.layers().map(|layer| layer.token(token, dim)).collect();
             self.decoder.place(&mut workspace.pages, table, &ChunkKv::new(layers), position)?;
         }
         Ok(())
-    }
-
-    /// Closure: the best tokens, computed again in context, point on to tokens of *other* chunks — a link's
-    /// token looks for its source. What they attend to is scored by the largest attention over heads and
-    /// layers, times the score of the token that points. Returns the positions of the tokens followed, whose KV is no
-    /// longer canonical.
-    fn follow(
-        &self,
-        workspace: &mut Workspace,
-        chunks: &[Chunk],
-        starts: &[usize],
-        scores: &mut [f32],
-    ) -> Result<Vec<usize>, cacheclip_model::Error> {
-        let (first, end) = (starts[0], starts[starts.len() - 1]);
-        let peak = scores[first..end].iter().fold(f32::MIN_POSITIVE, |a, &b| a.max(b));
-        scores.iter_mut().for_each(|score| *score /= peak);
-        let mut best: Vec<usize> = (first..end).collect();
-        best.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-        best.truncate((((end - first) as f32 * FOLLOW_SHARE).round() as usize).clamp(1, FOLLOW_MOST));
-        best.sort_unstable();
-        let chunk_of = |position: usize| starts.partition_point(|&start| start <= position) - 1;
-        let id = |&position: &usize| {
-            let chunk = chunk_of(position);
-            chunks[chunk].ids[position - starts[chunk]]
-        };
-        let ids: Vec<u32> = best.iter().map(id).collect();
-        let at: Vec<u32> = best.iter().map(|&position| position as u32).collect();
-        let layers = 0..self.decoder.config().layers;
-        let mut probe =
-            Probe::new(at[0], end, layers, Reduce::Max, Reduce::Max).largest_over_layers().row_by_row();
-        let table = workspace.sequence.table();
-        let pass = Pass { logits: Logits::None, probe: Some(&mut probe), ..Pass::new(&ids, &at, table) };
-        self.decoder.forward(&mut workspace.pages, pass)?;
-        let mut total = scores.to_vec();
-        for (&position, row) in best.iter().zip(probe.scores().chunks_exact(end)) {
-            let chunk = chunk_of(position);
-            let own = starts[chunk]..starts[chunk + 1];
-            for (column, attention) in row.iter().enumerate().skip(first) {
-                if !own.contains(&column) {
-                    total[column] = total[column].max(attention * scores[position]);
-                }
-            }
-        }
-        scores.copy_from_slice(&total);
-        Ok(best)
     }
 
     /// Position-free KV of `ids` behind `behind`.

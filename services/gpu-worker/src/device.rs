@@ -13,6 +13,9 @@ use cacheclip_model::{Cpu, Device, Error, certificate};
 use cacheclip_prompt::Tokenizer;
 use cacheclip_service::Failure;
 
+/// Page-locked bytes of lists that go to the device in a step, and of logits that come from it.
+const STEP_BYTES: u64 = 128 << 20;
+
 /// Exit codes of a worker that cannot compute on the CUDA device it was told to.
 mod code {
     /// No driver, or no device of that number.
@@ -111,8 +114,8 @@ fn cuda(
             // Sections are encoded on pages of their own.
             pages: engine.pages + pages_for(engine.longest),
             block_rows: of.block_rows.max(1),
-            // The RAM tier, and what requests hold beside it.
-            pinned_bytes: options.ram_bytes + options.load_bytes,
+            // The RAM tier, and what requests hold beside it; an eighth for rounding, and lists and logits of steps.
+            pinned_bytes: (options.ram_bytes + options.load_bytes) / 8 * 9 + STEP_BYTES,
             overlap: of.overlap,
             libraries: of.libraries.clone(),
             kept: of.kept.clone(),

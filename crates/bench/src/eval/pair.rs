@@ -2,6 +2,7 @@
 
 use super::Error;
 use cacheclip_model::certificate::{Certificate, certify};
+use cacheclip_model::closure;
 use cacheclip_model::kv::{ChunkKv, Export};
 use cacheclip_model::pages::{Allocator, Sequence, pages_for};
 use cacheclip_model::{Cpu, Decoder, Device, Logits, Pass, Probe, load};
@@ -128,6 +129,17 @@ impl<'a> Desk<'a> {
         }
         let pass = Pass { logits, export, probe, ..Pass::new(ids, positions, self.sequence.table()) };
         Ok(self.side.decoder.forward(&mut self.pages, pass)?)
+    }
+
+    /// One round of closure over `scores` of positions `0..`, whose tokens are `ids`; `starts` as in
+    /// [`Chunks`](closure::Chunks).
+    ///
+    /// # Errors
+    /// A device fault.
+    pub fn follow(&mut self, starts: &[usize], ids: &[u32], scores: &mut [f32]) -> Result<(), Error> {
+        let chunks = closure::Chunks { table: self.sequence.table(), starts };
+        closure::follow(&self.side.decoder, &mut self.pages, chunks, |position| ids[position], scores)?;
+        Ok(())
     }
 
     /// Position-free KV of `ids` computed behind `behind`, which is stripped.

@@ -8,11 +8,6 @@ use cacheclip_model::{Logits, Probe, Reduce};
 use cacheclip_prompt::Section;
 use std::ops::Range;
 
-/// Share of the context's tokens that is followed in each round of closure.
-const FOLLOW_SHARE: f32 = 0.02;
-/// Most tokens followed in a round.
-const FOLLOW_MOST: usize = 32;
-
 /// Token ids of a prompt, section by section.
 #[derive(Clone, Debug)]
 pub struct Sections {
@@ -136,7 +131,7 @@ impl Scene<'_> {
     }
 
     /// Attention of rows behind the context: score per position, `[end]`. Rows before `from` are computed and not
-    /// looked at. Then `rounds` of closure.
+    /// looked at. Then `rounds` of closure, as scorers do it.
     ///
     /// # Errors
     /// A sequence longer than the context, or a device fault.
@@ -160,40 +155,9 @@ impl Scene<'_> {
             if round > 0 {
                 self.place(desk)?;
             }
-            self.follow(desk, &mut scores)?;
+            desk.follow(&self.starts, &self.ids, &mut scores)?;
         }
         Ok(scores)
-    }
-
-    /// Closure, as the scorer does it: the best tokens, computed again in context, point on to tokens of other
-    /// chunks. What they look at is scored by the largest attention over heads and layers, times the score of the token
-    /// that points.
-    fn follow(&self, desk: &mut Desk<'_>, scores: &mut [f32]) -> Result<(), Error> {
-        let (first, end) = (self.starts[0], self.end());
-        let peak = scores[first..end].iter().fold(f32::MIN_POSITIVE, |a, &b| a.max(b));
-        scores.iter_mut().for_each(|score| *score /= peak);
-        let mut best: Vec<usize> = (first..end).collect();
-        best.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-        best.truncate((((end - first) as f32 * FOLLOW_SHARE).round() as usize).clamp(1, FOLLOW_MOST));
-        best.sort_unstable();
-        let ids: Vec<u32> = best.iter().map(|&position| self.ids[position]).collect();
-        let at: Vec<u32> = best.iter().map(|&position| position as u32).collect();
-        let layers = Layers::All.of(desk.side().layers());
-        let mut probe =
-            Probe::new(at[0], end, layers, Reduce::Max, Reduce::Max).largest_over_layers().row_by_row();
-        desk.compute(&ids, &at, Logits::None, None, Some(&mut probe))?;
-        let mut total = scores.to_vec();
-        for (&position, row) in best.iter().zip(probe.scores().chunks_exact(end)) {
-            let chunk = self.starts.partition_point(|&start| start <= position) - 1;
-            let own = self.starts[chunk]..self.starts[chunk + 1];
-            for (column, attention) in row.iter().enumerate().skip(first) {
-                if !own.contains(&column) {
-                    total[column] = total[column].max(attention * scores[position]);
-                }
-            }
-        }
-        scores.copy_from_slice(&total);
-        Ok(())
     }
 }
 

@@ -21,6 +21,8 @@ struct Row {
     /// Weights once, keys and values of each sequence once.
     bytes_per_step: f64,
     bytes_per_second: Runs,
+    /// Those over a copy's in the same round.
+    of_copy: Option<Runs>,
 }
 
 /// Bytes that a step reads at least, in bf16: all weights but the embedding table, of which it takes rows; keys and values.
@@ -55,7 +57,8 @@ pub fn run<B: Bed>(bed: &B, work: &Work, name: &'static str) -> anyhow::Result<(
         let tables: Vec<&[u32]> = sequences[..batch].iter().map(|sequence| sequence.table()).collect();
         let ids = tokens(batch, 3, shape.vocab);
         let mut logits = Vec::new();
-        let rates = RefCell::new(Vec::new());
+        let bytes_per_step = bytes(&shape, batch, scale.columns + scale.steps / 2);
+        let rates = RefCell::new((Vec::new(), Vec::new()));
         work.rounds(
             scale.rounds,
             || {
@@ -64,13 +67,17 @@ pub fn run<B: Bed>(bed: &B, work: &Work, name: &'static str) -> anyhow::Result<(
                     // The step's logits come to the host, as a sampler there needs them.
                     model.decode(&ids, &vec![(scale.columns + step) as u32; batch], &tables, &mut logits)?;
                 }
-                rates.borrow_mut().push((batch * scale.steps) as f64 / began.elapsed().as_secs_f64());
+                let took = began.elapsed().as_secs_f64() / scale.steps as f64;
+                let mut rates = rates.borrow_mut();
+                rates.0.push(batch as f64 / took);
+                let copy = model.decoder().device().copying(scale.copy)?;
+                rates.1.extend(copy.map(|copy| bytes_per_step / took / copy));
                 Ok(())
             },
-            || rates.borrow_mut().clear(),
+            || *rates.borrow_mut() = Default::default(),
         )?;
-        let tokens_per_second = Runs::of(rates.into_inner());
-        let bytes_per_step = bytes(&shape, batch, scale.columns + scale.steps / 2);
+        let (tokens_per_second, of_copy) = rates.into_inner();
+        let tokens_per_second = Runs::of(tokens_per_second);
         let row = Row {
             row: "decode_model",
             shape: name,
@@ -78,6 +85,7 @@ pub fn run<B: Bed>(bed: &B, work: &Work, name: &'static str) -> anyhow::Result<(
             columns: scale.columns,
             bytes_per_second: tokens_per_second.map(|rate| rate / batch as f64 * bytes_per_step),
             bytes_per_step,
+            of_copy: (!of_copy.is_empty()).then(|| Runs::of(of_copy)),
             tokens_per_second,
         };
         let bandwidth = row.bytes_per_second.median / 1e9;

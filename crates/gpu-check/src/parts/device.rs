@@ -22,17 +22,28 @@ struct Row {
     name: String,
     /// Bytes per second of copies on the device, read and written counted.
     copy_bytes_per_second: Option<Runs>,
+    /// Of copies of page-locked bytes of the host to the device.
+    upload_bytes_per_second: Option<Runs>,
+}
+
+/// What is known about the peer.
+#[derive(Debug, Serialize)]
+struct Other {
+    row: &'static str,
     /// Of PyTorch's product of two bf16 matrices of 8,192 x 8,192.
     product_flops_per_second: Option<Runs>,
     /// The peer's version, or why there is none.
     peer: String,
 }
 
-/// Gives the row of a device of this name.
+/// Gives the row of a device of this name, and then the peer's, which may take its time to start.
 ///
 /// # Errors
 /// Nobody reads.
-pub fn give(work: &Work, name: String, copies: Option<Vec<f64>>) -> anyhow::Result<()> {
+pub fn give(work: &Work, name: String, rates: Option<[Vec<f64>; 2]>) -> anyhow::Result<()> {
+    let [copies, uploads] = rates.map_or([None, None], |rates| rates.map(|it| Some(Runs::of(it))));
+    let (copy_bytes_per_second, upload_bytes_per_second) = (copies, uploads);
+    work.row(&Row { row: "device", name, copy_bytes_per_second, upload_bytes_per_second })?;
     let mut products = Vec::new();
     let mut measure = |mut peer: crate::work::Peer| -> anyhow::Result<String> {
         let request = json!({ "op": "product", "side": SIDE, "times": PRODUCTS });
@@ -45,10 +56,8 @@ pub fn give(work: &Work, name: String, copies: Option<Vec<f64>>) -> anyhow::Resu
         Ok(peer.version)
     };
     let peer = work.peer().and_then(|peer| measure(peer).map_err(|error| format!("{error:#}")));
-    work.row(&Row {
-        row: "device",
-        name,
-        copy_bytes_per_second: copies.map(Runs::of),
+    work.row(&Other {
+        row: "peer",
         product_flops_per_second: (!products.is_empty()).then(|| Runs::of(products)),
         peer: peer.unwrap_or_else(|why| format!("none: {why}")),
     })
@@ -60,7 +69,15 @@ pub fn give(work: &Work, name: String, copies: Option<Vec<f64>>) -> anyhow::Resu
 /// A device fault.
 pub fn run(work: &Work, stand: &Stand) -> anyhow::Result<()> {
     let copy = Copy::new(stand, work.scale.copy)?;
-    let rates = (0..work.scale.rounds).map(|_| copy.bytes_per_second()).collect::<anyhow::Result<_>>()?;
+    let upload = stand.upload(work.scale.copy / 4)?;
+    let mut rates = [Vec::new(), Vec::new()];
+    // The first rounds bring the clocks up.
+    for round in 0..3 * work.scale.rounds {
+        let now = [copy.bytes_per_second()?, upload.floor().bytes as f64 / upload.seconds(5)?];
+        if round >= 2 * work.scale.rounds {
+            rates.iter_mut().zip(now).for_each(|(rates, now)| rates.push(now));
+        }
+    }
     let machine = stand.machine();
     let free = machine.free_memory()? as f64 / f64::from(1 << 30);
     give(work, format!("{}, {free:.0} GiB free", machine.description()), Some(rates))

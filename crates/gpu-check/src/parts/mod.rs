@@ -70,7 +70,8 @@ impl Part {
     /// Its share of the time, in parts of whatever all add up to.
     pub fn weight(self) -> f64 {
         match self {
-            Self::Device => 15.0,
+            // Most of it PyTorch takes to start, the first time on a machine.
+            Self::Device => 30.0,
             Self::Kernels => 60.0,
             Self::Times => 75.0,
             Self::Exact => 40.0,

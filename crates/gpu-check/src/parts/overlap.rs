@@ -17,14 +17,30 @@ struct Row {
     shape: &'static str,
     tokens: usize,
     ratio: f32,
+    /// Scoring included: what is placed meanwhile is hidden behind that, with or without a second stream.
+    scored: Sides,
+    /// With rows that are known: nothing but computing is there to hide behind.
+    known: Sides,
+    /// Share of the time of placing, copies included, that lies within that of computing.
+    beside: Option<f64>,
+    /// Of one prompt with overlap, and rows that are known.
+    timeline: Vec<Piece>,
+}
+
+/// With a second stream, and without.
+#[derive(Debug, Serialize)]
+struct Sides {
     on_seconds: Runs,
     off_seconds: Runs,
     /// Off over on, round by round.
     gain: Runs,
-    /// Share of the time of placing, copies included, that lies within that of computing.
-    beside: Option<f64>,
-    /// Of one prompt with overlap.
-    timeline: Vec<Piece>,
+}
+
+impl Sides {
+    fn of((on, off): (Vec<f64>, Vec<f64>)) -> Self {
+        let gain = Runs::of(off.iter().zip(&on).map(|(off, on)| off / on).collect());
+        Self { on_seconds: Runs::of(on), off_seconds: Runs::of(off), gain }
+    }
 }
 
 /// Times both, in turns.
@@ -38,44 +54,44 @@ pub fn run<B: Bed>(bed: &B, work: &Work, name: &'static str) -> anyhow::Result<(
     let mut on = Model::random(bed, &shape, tokens, room)?;
     let count = scale.telling / scale.chunk;
     let prompt = on.prompt(count, scale.chunk, scale.question)?;
-    let mut off = Model::random(bed, &shape, tokens, Room { overlap: false, host_bytes: 0, ..room })?;
+    let mut off = Model::random(bed, &shape, tokens, Room { overlap: false, ..room })?;
     let scorer = Scorer::new(&scale.shape("aux-30m")?, &work.models.join("aux"), count, scale.chunk)?;
     let choose = || scorer.choose(&prompt.assembly, RATIO);
-    let seconds = RefCell::new((Vec::new(), Vec::new()));
+    let rows = choose()?;
+    let known = || Ok(rows.clone());
+    let seconds = RefCell::new([(Vec::new(), Vec::new()), (Vec::new(), Vec::new())]);
     work.rounds(
         scale.rounds,
         || {
-            let with = on.reuse(&prompt, choose)?.1.all;
-            let without = off.reuse(&prompt, choose)?.1.all;
-            let mut seconds = seconds.borrow_mut();
-            seconds.0.push(with);
-            seconds.1.push(without);
+            let [scored, ready] = &mut *seconds.borrow_mut();
+            scored.0.push(on.reuse(&prompt, choose)?.1.all);
+            scored.1.push(off.reuse(&prompt, choose)?.1.all);
+            ready.0.push(on.reuse(&prompt, known)?.1.all);
+            ready.1.push(off.reuse(&prompt, known)?.1.all);
             Ok(())
         },
         || *seconds.borrow_mut() = Default::default(),
     )?;
     on.decoder().device().trace()?;
-    on.reuse(&prompt, choose)?;
+    on.reuse(&prompt, known)?;
     let timeline = on.decoder().device().timeline()?;
-    let (with, without) = seconds.into_inner();
+    let [scored, known] = seconds.into_inner().map(Sides::of);
     let row = Row {
         row: "overlap",
         shape: name,
         tokens: scale.telling,
         ratio: RATIO,
-        gain: Runs::of(without.iter().zip(&with).map(|(off, on)| off / on).collect()),
-        on_seconds: Runs::of(with),
-        off_seconds: Runs::of(without),
+        scored,
+        known,
         beside: beside(&timeline),
         timeline,
     };
-    let (with, without) = (row.on_seconds.map(|it| it * 1e3), row.off_seconds.map(|it| it * 1e3));
-    work.say(format_args!(
-        "overlap: {} ms with, {} ms without; {:.0} % of placing beside computing",
-        with.text(1),
-        without.text(1),
-        row.beside.unwrap_or(f64::NAN) * 100.0
-    ));
+    for (what, sides) in [("scored", &row.scored), ("known rows", &row.known)] {
+        let (on, off) = (sides.on_seconds.map(|it| it * 1e3), sides.off_seconds.map(|it| it * 1e3));
+        work.say(format_args!("overlap, {what}: {} ms with, {} ms without", on.text(1), off.text(1)));
+    }
+    let beside = row.beside.unwrap_or(f64::NAN) * 100.0;
+    work.say(format_args!("{beside:.0} % of placing beside computing"));
     work.row(&row)
 }
 

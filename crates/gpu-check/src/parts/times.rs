@@ -3,13 +3,20 @@
 use crate::work::{Peer, Work};
 use cacheclip_bench::runs::Runs;
 use cacheclip_kernels::cuda::Heads;
-use cacheclip_kernels::cuda::floor::Floor;
+use cacheclip_kernels::cuda::floor::{self, Floor};
 use cacheclip_kernels::cuda::launch::Stored;
 use cacheclip_kernels::cuda::timing::{Prepared, Stand};
 use cacheclip_model::config::Config;
 use serde::Serialize;
 use serde_json::json;
+use std::time::Instant;
 
+/// Seconds of work before anything counts: while a case is made the device's clocks fall.
+const WARM: f64 = 0.1;
+/// Bytes that *place* goes over before it comes to the same again: several times what a second-level cache holds.
+const SPREAD: u64 = 512 << 20;
+/// Most sets of buffers.
+const MOST_SETS: u64 = 64;
 /// Seconds that a round of one kernel is repeated for, about.
 const ROUND: f64 = 0.02;
 /// Most repetitions in a round.
@@ -85,7 +92,7 @@ struct Case {
 /// # Errors
 /// Of `stand`, which opens a machine; a device fault.
 pub fn run(work: &Work, stand: impl Fn(Heads) -> anyhow::Result<Stand>) -> anyhow::Result<()> {
-    let mut peer = work.peer().ok();
+    let mut peer = work.peer().inspect_err(|why| work.say(format_args!("no peer: {why}"))).ok();
     for (index, &name) in work.scale.shapes.iter().enumerate() {
         let heads = heads(&work.scale.shape(name)?);
         let stand = stand(heads)?;
@@ -141,7 +148,10 @@ impl Times<'_> {
             [(Stored::Bf16, false, "bf16"), (Stored::Bf16, true, "bf16 planes"), (Stored::F32, false, "f32")]
         {
             let case = Case { row: "place", tokens, rows: tokens, stored: Some(name) };
-            self.time(case, self.stand.place(tokens / chunk, chunk, stored, planes)?, none)?;
+            let bytes = floor::place(self.heads, tokens, stored).bytes.max(1);
+            let sets =
+                if self.work.scale.rehearsal { 1 } else { SPREAD.div_ceil(bytes).min(MOST_SETS) as u32 };
+            self.time(case, self.stand.place(tokens / chunk, chunk, (stored, planes), sets)?, none)?;
         }
         let case = |row, rows| Case { row, tokens, rows, stored: None };
         self.time(case("scatter", tokens), self.stand.scatter(tokens)?, none)?;
@@ -165,8 +175,14 @@ impl Times<'_> {
             return Ok(());
         }
         // Warm, and long enough for the clock.
-        let once = kernel.seconds(1)?.min(kernel.seconds(1)?);
-        let times = if self.work.scale.rehearsal { 1 } else { ((ROUND / once) as u32).clamp(1, MOST) };
+        let began = Instant::now();
+        let mut once = kernel.seconds(1)?.min(kernel.seconds(1)?);
+        let repeat =
+            |once: f64, seconds: f64| ((seconds / once / f64::from(kernel.sets())) as u32).clamp(1, MOST);
+        while !self.work.scale.rehearsal && began.elapsed().as_secs_f64() < WARM {
+            once = kernel.seconds(repeat(once, WARM / 10.0))?;
+        }
+        let times = if self.work.scale.rehearsal { 1 } else { repeat(once, ROUND) };
         let Floor { bytes, flops } = kernel.floor();
         let (mut seconds, mut copies, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.work.scale.rounds {

@@ -6,6 +6,7 @@ use super::error::DeviceError;
 use super::machine::Product;
 use libloading::Library;
 use std::ffi::{c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::path::Path;
 use std::ptr;
 
@@ -60,8 +61,8 @@ pub(super) struct Blas {
     gemm: GemmEx,
     destroy: Destroy,
     version: u32,
-    // Dropped last: the functions are its.
-    _libraries: Vec<Library>,
+    // The functions are its. Never closed: to open it again is what costs, and it has a state of its own in the context.
+    _libraries: ManuallyDrop<Vec<Library>>,
 }
 
 // SAFETY: a handle may go from thread to thread; who shares it takes turns (a mutex).
@@ -76,16 +77,17 @@ fn done(call: &'static str, status: c_int) -> Result<(), DeviceError> {
 }
 
 impl Blas {
-    /// Opens the library in `folder`, or wherever the loader finds it, for products in `stream`. The device's context is
-    /// the thread's.
+    /// Opens the library in `folder`, or wherever the loader finds it, for products in `stream`; the newest that a driver of
+    /// this major version knows. The device's context is the thread's.
     pub(super) fn open(
         folder: Option<&Path>,
+        driver: u32,
         stream: *mut c_void,
         workspace: u64,
     ) -> Result<Self, DeviceError> {
         let path = |name: String| folder.map_or_else(|| name.clone().into(), |folder| folder.join(&name));
         let mut missing = String::new();
-        for major in MAJORS {
+        for major in MAJORS.into_iter().filter(|&major| major <= driver) {
             // It opens this second one by name: open before, it is found in a folder that the loader does not know.
             // SAFETY: NVIDIA's libraries do nothing when they are loaded.
             let lower = unsafe { Library::new(path(format!("libcublasLt.so.{major}"))) }.ok();
@@ -118,7 +120,8 @@ impl Blas {
             let gemm = *library.get::<GemmEx>(b"cublasGemmEx").map_err(lacks)?;
             done("cublasCreate", create(&mut handle))?;
             let libraries = [Some(library), lower].into_iter().flatten().collect();
-            let mut blas = Self { handle, gemm, destroy, version: 0, _libraries: libraries };
+            let mut blas =
+                Self { handle, gemm, destroy, version: 0, _libraries: ManuallyDrop::new(libraries) };
             done("cublasSetStream", set_stream(handle, stream))?;
             // Behind the stream, which takes the workspace away.
             done("cublasSetWorkspace", set_workspace(handle, workspace as *mut c_void, WORKSPACE))?;

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 /// The oldest driver that has all functions this calls, as drivers number themselves.
-const OLDEST_DRIVER: u32 = 12_080;
+const OLDEST_DRIVER: u32 = 12_040;
 
 impl From<NvrtcError> for DeviceError {
     fn from(error: NvrtcError) -> Self {
@@ -100,11 +100,19 @@ impl Gpu {
         let name = context.name().map_err(driver("describe itself"))?;
         let options = heads.options((major.unsigned_abs(), minor.unsigned_abs()))?;
         let functions = functions(&context, version, heads, &options, toolkit)?;
-        let stream = || context.new_stream().map_err(driver("make a stream"));
-        let streams = [stream()?, stream()?];
+        // What is placed is short, and the next layer's copy waits for it: its blocks go before those that compute, beside
+        // which there is no room for them.
+        let (least, greatest) = result::stream::get_priority_range().map_err(driver("make a stream"))?;
+        let stream = |priority| context.new_stream_with_priority(priority).map_err(driver("make a stream"));
+        let streams = [stream(least)?, stream(greatest)?];
         // SAFETY: memory of the device, freed when this is dropped.
         let workspace = unsafe { result::malloc_sync(WORKSPACE) }.map_err(driver("reserve a workspace"))?;
-        let blas = Blas::open(toolkit.libraries.as_deref(), streams[0].cu_stream().cast(), workspace)?;
+        let blas = Blas::open(
+            toolkit.libraries.as_deref(),
+            version / 1000,
+            streams[0].cu_stream().cast(),
+            workspace,
+        )?;
         let description = format!(
             "{name}, compute capability {major}.{minor}, {multiprocessors} multiprocessors, driver of CUDA {}, cuBLAS {}",
             dotted(version),
@@ -190,8 +198,10 @@ fn dotted(version: u32) -> String {
 /// ask only where it is not linked to one.
 fn driver_version() -> Result<u32, DeviceError> {
     // SAFETY: the driver's library does nothing when it is loaded.
-    if let Err(error) = unsafe { libloading::Library::new("libcuda.so.1") } {
-        return Err(DeviceError::NoDevice(format!("no driver ({error})")));
+    match unsafe { libloading::Library::new("libcuda.so.1") } {
+        // It stays: to unload a driver and load it again gains nothing.
+        Ok(library) => std::mem::forget(library),
+        Err(error) => return Err(DeviceError::NoDevice(format!("no driver ({error})"))),
     }
     let mut version = 0;
     // SAFETY: it writes a number, and needs nothing before.
@@ -218,8 +228,17 @@ fn functions(
     let mut nvrtc = None;
     let mut functions = HashMap::new();
     for program in PROGRAMS {
-        let cubin = cubin(program.name, &program.text(), options, toolkit, &mut nvrtc)?;
-        let module = context.load_module(Ptx::from_binary(cubin)).map_err(|error| {
+        let text = program.text();
+        let code = cubin(program.name, &text, options, toolkit, &mut nvrtc)?;
+        let loaded = context.load_module(Ptx::from_binary(code)).or_else(|error| {
+            // Kept code of a newer compiler than this driver knows; one beside the driver may do.
+            let here = Toolkit { kept: None, ..toolkit.clone() };
+            match cubin(program.name, &text, options, &here, &mut nvrtc) {
+                Ok(code) => context.load_module(Ptx::from_binary(code)),
+                Err(_) => Err(error),
+            }
+        });
+        let module = loaded.map_err(|error| {
             let by = nvrtc.as_ref().map_or_else(
                 || "a toolkit that is not here".into(),
                 |it: &Nvrtc| format!("NVRTC {}.{}", it.version().0, it.version().1),
@@ -309,8 +328,8 @@ mod tests {
     #[test]
     fn a_driver_that_is_too_old_is_told_apart_from_none() {
         assert_eq!(new_enough(13_000), Ok(13_000));
-        let line = new_enough(12_040).unwrap_err().to_string();
-        assert!(line.contains("of CUDA 12.4") && line.contains("needs 12.8"), "{line}");
+        let line = new_enough(12_020).unwrap_err().to_string();
+        assert!(line.contains("of CUDA 12.2") && line.contains("needs 12.4"), "{line}");
     }
 
     #[test]

@@ -4,7 +4,6 @@
 //! the budget lies in ordinary memory: slower to copy, and never an error.
 
 use super::machine::Machine;
-use super::memory::allocated;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -55,7 +54,7 @@ impl HostPool {
     /// So many bytes, of any content.
     pub fn bytes(&self, bytes: usize) -> HostBytes {
         let pinned = self.0.as_ref().and_then(|pool| {
-            let size = allocated(bytes);
+            let size = locked(bytes);
             let memory = pool.reserve(size)?;
             Some(Held::Pinned { pool: Arc::clone(pool), memory, size, bytes })
         });
@@ -68,6 +67,13 @@ impl HostPool {
         copy.copy_from_slice(bytes);
         copy
     }
+}
+
+/// Bytes that are locked for `bytes`: at most an eighth more, so that what is given back fits what comes next, and a budget
+/// of what is kept is not spent on rounding.
+fn locked(bytes: usize) -> usize {
+    let bytes = bytes.max(1);
+    bytes.next_multiple_of((bytes.next_power_of_two() / 16).max(4096))
 }
 
 impl HostBytes {

@@ -8,7 +8,9 @@ use super::error::DeviceError;
 use super::floor::{self, Floor};
 use super::launch::{self, Address, Angles, Attended, Launch, Paged, Parts, Rows, Stored};
 use super::machine::{Event, Machine, Stream};
-use super::memory::{Buffer, Memory};
+use super::memory::{Buffer, Memory, allocated};
+use super::pinned::{HostBytes, HostPool};
+use super::rows;
 use crate::page::pages_for;
 use crate::probe::Reduce;
 use std::sync::Arc;
@@ -30,7 +32,10 @@ pub struct Stand {
 pub struct Prepared<'a> {
     stand: &'a Stand,
     work: Work,
+    /// Of one set of buffers.
     floor: Floor,
+    /// Sets of buffers that take turns: one that fits into a cache is never met there.
+    sets: u32,
     _buffers: Vec<Buffer>,
 }
 
@@ -38,17 +43,7 @@ pub struct Prepared<'a> {
 enum Work {
     Launches(Vec<Launch>),
     Copy { from: Address, to: Address, bytes: usize },
-}
-
-/// Numbers between -1 and 1 in bf16, two to a word; the same for the same seed.
-fn numbers(count: usize, seed: u32) -> Vec<u8> {
-    let mut state = seed | 1;
-    let bf16 = |state: &mut u32| {
-        *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        let unit = (*state >> 8) as f32 / (1 << 23) as f32 - 1.0;
-        ((unit.to_bits() >> 16) as u16).to_le_bytes()
-    };
-    (0..count).flat_map(|_| bf16(&mut state)).collect()
+    Upload { from: HostBytes, to: Address },
 }
 
 fn bytes(words: impl IntoIterator<Item = u32>) -> Vec<u8> {
@@ -93,9 +88,14 @@ impl Buffers<'_> {
         Ok(address)
     }
 
+    /// Numbers between -1 and 1 in bf16, made on the device: gigabytes of them take the host longer than all that is
+    /// timed, and the device's clocks fall meanwhile.
     fn numbers(&mut self, count: usize) -> Result<Address, DeviceError> {
-        let seed = self.held.len() as u32 * 2 + 1;
-        self.upload(&numbers(count, seed))
+        let base = self.held.len() as u64;
+        let to = self.empty(2 * count)?;
+        // SAFETY: the buffer is as long.
+        unsafe { self.stand.machine.launch(STREAM, &rows::random_weights(to, count as u64, base, 1.0)) }?;
+        Ok(to)
     }
 
     /// A pool of `sequences` sequences of `tokens` tokens each, full, with their tables.
@@ -161,7 +161,7 @@ impl Stand {
     }
 
     fn prepared(&self, launches: Vec<Launch>, floor: Floor, buffers: Buffers<'_>) -> Prepared<'_> {
-        Prepared { stand: self, work: Work::Launches(launches), floor, _buffers: buffers.held }
+        Prepared { stand: self, work: Work::Launches(launches), floor, sets: 1, _buffers: buffers.held }
     }
 
     /// A copy of `bytes` bytes on the device; its floor counts reading and writing.
@@ -172,10 +172,27 @@ impl Stand {
         let mut buffers = self.buffers();
         let (from, to) = (buffers.numbers(bytes / 2)?, buffers.empty(bytes)?);
         let floor = Floor { bytes: 2 * bytes as u64, flops: 0 };
-        Ok(Prepared { stand: self, work: Work::Copy { from, to, bytes }, floor, _buffers: buffers.held })
+        let work = Work::Copy { from, to, bytes };
+        Ok(Prepared { stand: self, work, floor, sets: 1, _buffers: buffers.held })
     }
 
-    /// *place* of `chunks` sections of `tokens` tokens each, one layer.
+    /// A copy of `bytes` page-locked bytes of the host: what stored KV comes over.
+    ///
+    /// # Errors
+    /// As [`copy`](Self::copy); no such memory.
+    pub fn upload(&self, bytes: usize) -> Result<Prepared<'_>, DeviceError> {
+        let pool = HostPool::pinned(Arc::clone(&self.machine), allocated(bytes) as u64);
+        let from = pool.bytes(bytes);
+        if pool.used() == 0 {
+            return Err(DeviceError::Fault("lock host memory", format!("{bytes} bytes")));
+        }
+        let mut buffers = self.buffers();
+        let to = buffers.empty(bytes)?;
+        let (work, floor) = (Work::Upload { from, to }, Floor { bytes: bytes as u64, flops: 0 });
+        Ok(Prepared { stand: self, work, floor, sets: 1, _buffers: buffers.held })
+    }
+
+    /// *place* of `chunks` sections of `tokens` tokens each, one layer, from and to `sets` sets of buffers in turns.
     ///
     /// # Errors
     /// As [`copy`](Self::copy).
@@ -183,15 +200,13 @@ impl Stand {
         &self,
         chunks: u32,
         tokens: u32,
-        stored: Stored,
-        planes: bool,
+        (stored, planes): (Stored, bool),
+        sets: u32,
     ) -> Result<Prepared<'_>, DeviceError> {
         let (heads, all) = (self.heads(), chunks * tokens);
         let mut buffers = self.buffers();
-        let pages = buffers.pool(heads, 1, all as usize)?;
         let elements = 2 * (all * heads.kv * heads.dim) as usize;
         let halves = elements * if stored == Stored::F32 { 2 } else { 1 };
-        let staging = buffers.numbers(halves)?;
         let each = (2 * halves) as u64 / u64::from(chunks);
         let spans = (0..chunks).flat_map(|i| {
             let offset = u64::from(i) * each;
@@ -199,8 +214,15 @@ impl Stand {
         });
         let spans = (buffers.upload(&bytes(spans))?, chunks, tokens);
         let angles = buffers.angles(heads, all as usize)?;
-        let launched = launch::place(heads, pages, staging, (stored, planes), spans, angles);
-        Ok(self.prepared(vec![launched], floor::place(heads, all, stored), buffers))
+        let mut launches = Vec::new();
+        for _ in 0..sets.max(1) {
+            let (pages, staging) = (buffers.pool(heads, 1, all as usize)?, buffers.numbers(halves)?);
+            launches.push(launch::place(heads, pages, staging, (stored, planes), spans, angles));
+        }
+        let floor = floor::place(heads, all, stored);
+        let mut prepared = self.prepared(launches, floor, buffers);
+        prepared.sets = sets.max(1);
+        Ok(prepared)
     }
 
     /// *scatter* of `rows` rows of one sequence.
@@ -280,7 +302,12 @@ impl Prepared<'_> {
         self.floor
     }
 
-    /// Does it `times` times on end; seconds of one, by the machine's clock.
+    /// Sets of buffers that take turns.
+    pub fn sets(&self) -> u32 {
+        self.sets
+    }
+
+    /// Does it `times` times on end with every set of buffers; seconds of one, by the machine's clock.
     ///
     /// # Errors
     /// A device fault.
@@ -300,12 +327,16 @@ impl Prepared<'_> {
                     // SAFETY: as above; the two are buffers of their own.
                     unsafe { machine.copy(STREAM, to, from, bytes) }?;
                 }
+                Work::Upload { from, to } => {
+                    // SAFETY: as above; nobody writes to the bytes.
+                    unsafe { machine.upload(STREAM, *to, from.as_ptr(), from.len()) }?;
+                }
             }
         }
         machine.record(*end, STREAM)?;
         machine.finish(STREAM)?;
         let milliseconds = machine.elapsed(*begin, *end)?;
-        Ok(f64::from(milliseconds) / 1e3 / f64::from(times.max(1)))
+        Ok(f64::from(milliseconds) / 1e3 / f64::from(times.max(1) * self.sets))
     }
 }
 
@@ -329,18 +360,5 @@ mod tests {
             all.sort_unstable();
             assert_eq!(all, (0..pages as u32).collect::<Vec<_>>());
         }
-    }
-
-    #[test]
-    fn buffers_hold_numbers_that_are_not_zeros() {
-        let numbers = numbers(1000, 3);
-        let values: Vec<f32> = numbers
-            .chunks_exact(2)
-            .map(|pair| f32::from_bits(u32::from(u16::from_le_bytes([pair[0], pair[1]])) << 16))
-            .collect();
-        assert!(values.iter().all(|value| value.abs() <= 1.0));
-        assert!(values.iter().filter(|value| value.abs() < 1e-3).count() < 10);
-        let mean = values.iter().sum::<f32>() / 1000.0;
-        assert!(mean.abs() < 0.1, "{mean}");
     }
 }

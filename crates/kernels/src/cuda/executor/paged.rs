@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Bytes of sections that are copied to the device at a time; a larger section comes alone.
-pub const STAGED: usize = 64 << 20;
+pub const STAGED: usize = 80 << 20;
 /// What a section's bytes begin on.
 const ALIGNED: usize = 256;
 
