@@ -13,9 +13,6 @@ use cacheclip_model::{Cpu, Device, Error, certificate};
 use cacheclip_prompt::Tokenizer;
 use cacheclip_service::Failure;
 
-/// Page-locked bytes of lists that go to the device in a step, and of logits that come from it.
-const STEP_BYTES: u64 = 128 << 20;
-
 /// Exit codes of a worker that cannot compute on the CUDA device it was told to.
 mod code {
     /// No driver, or no device of that number.
@@ -105,6 +102,8 @@ fn cuda(
     engine: &engine::Options,
 ) -> Result<cacheclip_model::cuda::Cuda, Error> {
     use cacheclip_model::cuda::{self, Cuda};
+    /// Page-locked bytes of lists that go to the device in a step, and of logits that come from it.
+    const STEP_BYTES: u64 = 128 << 20;
     let of = &options.cuda;
     let device = Cuda::open(
         config,

@@ -1,6 +1,6 @@
 //! Decoding: tokens per second at several batch sizes, beside the bytes that a step has to read.
 
-use crate::bed::{Bed, Room};
+use crate::bed::{Bed, Room, Timed as _};
 use crate::model::{Model, tokens};
 use crate::work::Work;
 use cacheclip_bench::runs::Runs;
