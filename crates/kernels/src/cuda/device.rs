@@ -335,7 +335,7 @@ mod tests {
     #[test]
     fn a_toolkit_without_cublas_is_one_line() {
         let folder = tempfile::tempdir().unwrap();
-        let error = Blas::open(Some(folder.path()), std::ptr::null_mut(), 0).unwrap_err().to_string();
+        let error = Blas::open(Some(folder.path()), 13, std::ptr::null_mut(), 0).unwrap_err().to_string();
         assert!(error.starts_with("cuBLAS was not found: ") && error.lines().count() == 1, "{error}");
     }
 
