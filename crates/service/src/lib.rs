@@ -21,6 +21,7 @@ pub mod config;
 mod connect;
 mod error;
 mod front;
+pub mod lifetime;
 mod metrics;
 mod options;
 #[cfg(feature = "otlp")]

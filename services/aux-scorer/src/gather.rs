@@ -74,9 +74,9 @@ pub(crate) struct Chunks {
 }
 
 impl Chunks {
-    /// Keeps at most `bytes` in RAM.
-    pub(crate) fn new(auxiliary: Auxiliary, bytes: u64, stores: Option<Stores>) -> Self {
-        Self { auxiliary, ram: Ram::new(bytes), stores }
+    /// What is in `ram`, else in the stores, else computed.
+    pub(crate) fn new(auxiliary: Auxiliary, ram: Ram, stores: Option<Stores>) -> Self {
+        Self { auxiliary, ram, stores }
     }
 
     /// A request begins; the stores for it.

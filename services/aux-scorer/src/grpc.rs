@@ -3,11 +3,13 @@
 use crate::auxiliary::{Auxiliary, Error, Mode};
 use crate::gather::{Asked, Chunks, asked};
 use crate::metrics;
+use crate::ram::Ram;
 use crate::stores::Stores;
 use cacheclip_chunk::DocumentId;
 use cacheclip_rpc::convert;
 use cacheclip_rpc::status::{exhausted, invalid, unavailable};
 use cacheclip_rpc::v1;
+use cacheclip_service::lifetime::Lifetime;
 use cacheclip_service::request_id;
 use cacheclip_service::residency::{Announcer, Load};
 use std::sync::Arc;
@@ -41,8 +43,9 @@ impl Service {
         options: &crate::Options,
         announcer: Announcer,
     ) -> Self {
+        let ram = Ram::new(options.cache_bytes, Lifetime::seconds(options.cache_seconds));
         Self(Arc::new(Shared {
-            chunks: Chunks::new(auxiliary, options.cache_bytes, stores),
+            chunks: Chunks::new(auxiliary, ram, stores),
             turns: Arc::new(Semaphore::new(options.concurrency.max(1))),
             concurrency: options.concurrency.max(1) as u32,
             waiting: AtomicUsize::new(0),

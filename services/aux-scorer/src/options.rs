@@ -29,6 +29,9 @@ pub struct Options {
     /// for each request that waits or runs what was evicted of its own chunks meanwhile. The last 64 prompt heads are
     /// kept, too.
     pub cache_bytes: u64,
+    /// How long auxiliary KV is served from RAM before the stores are asked for it again: what has expired there is used
+    /// no longer than that. 0: for ever.
+    pub cache_seconds: u64,
     /// Questions scored at the same time; each holds pages for the auxiliary model's whole context.
     pub concurrency: usize,
     /// Requests that may wait for their turn; one more is refused with a hint.
@@ -48,6 +51,7 @@ impl Default for Options {
             load_timeout_seconds: 1.0,
             write_queue: 64,
             cache_bytes: 256 << 20,
+            cache_seconds: 3600,
             concurrency: 1,
             queue: 64,
             max_question_tokens: 512,

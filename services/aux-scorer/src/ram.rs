@@ -8,6 +8,7 @@ use crate::auxiliary::Chunk;
 use crate::identity::Digest;
 use crate::metrics;
 use cacheclip_rpc::v1::{Tier, TierDeletion};
+use cacheclip_service::lifetime::{Held, Lifetime};
 use cacheclip_service::residency;
 use parking_lot::RwLock;
 use quick_cache::Weighter;
@@ -17,8 +18,9 @@ use std::cell::Cell;
 #[derive(Clone, Debug)]
 struct ByBytes;
 
-impl Weighter<Digest, Chunk> for ByBytes {
-    fn weight(&self, _: &Digest, chunk: &Chunk) -> u64 {
+impl Weighter<Digest, Held<Chunk>> for ByBytes {
+    fn weight(&self, _: &Digest, held: &Held<Chunk>) -> u64 {
+        let chunk = &held.value;
         (chunk.kv.bytes() + chunk.spans.len() * 12 + 128) as u64
     }
 }
@@ -30,18 +32,20 @@ pub(crate) struct Mark(u64);
 /// The tier; eviction resists scans.
 #[derive(Debug)]
 pub(crate) struct Ram {
-    chunks: Cache<Digest, Chunk, ByBytes>,
+    chunks: Cache<Digest, Held<Chunk>, ByBytes>,
+    lifetime: Lifetime,
     /// Written to while something is deleted, read while something is kept.
     deletions: RwLock<u64>,
 }
 
 impl Ram {
-    /// Keeps at most `bytes`.
-    pub(crate) fn new(bytes: u64) -> Self {
+    /// Keeps at most `bytes`, each chunk for its lifetime at most.
+    pub(crate) fn new(bytes: u64, lifetime: Lifetime) -> Self {
         metrics::cache(0);
         // The estimate sizes bookkeeping only: a quarter of a megabyte per chunk.
         let chunks = usize::try_from(bytes >> 18).unwrap_or(usize::MAX).clamp(64, 1 << 20);
-        Self { chunks: Cache::with_weighter(chunks, bytes, ByBytes), deletions: RwLock::new(0) }
+        let chunks = Cache::with_weighter(chunks, bytes, ByBytes);
+        Self { chunks, lifetime, deletions: RwLock::new(0) }
     }
 
     /// Something begins that may be kept.
@@ -51,19 +55,26 @@ impl Ram {
 
     /// A chunk, if it is here.
     pub(crate) fn get(&self, digest: &Digest) -> Option<Chunk> {
-        self.chunks.get(digest)
+        let alive = self.lifetime.alive(self.chunks.get(digest)?);
+        if alive.is_none() {
+            // Somebody may have put it in again meanwhile.
+            self.chunks.remove_if(digest, |held| self.lifetime.is_over(held));
+            metrics::cache(self.chunks.weight());
+        }
+        alive
     }
 
     /// What is here, in announcements' short form.
     pub(crate) fn held(&self) -> Vec<u64> {
-        self.chunks.iter().map(|(digest, _)| residency::short(&digest)).collect()
+        let alive = self.chunks.iter().filter(|(_, held)| !self.lifetime.is_over(held));
+        alive.map(|(digest, _)| residency::short(&digest)).collect()
     }
 
     /// Keeps a chunk that was begun at `mark`, evicting others.
     pub(crate) fn insert(&self, digest: Digest, chunk: Chunk, mark: Mark) {
         let deletions = self.deletions.read();
         if *deletions == mark.0 {
-            self.chunks.insert(digest, chunk);
+            self.chunks.insert(digest, chunk.into());
             metrics::cache(self.chunks.weight());
         }
     }
@@ -73,11 +84,11 @@ impl Ram {
         let mut deletions = self.deletions.write();
         *deletions += 1;
         let (objects, bytes) = (Cell::new(0), Cell::new(0));
-        self.chunks.retain(|digest, chunk| {
+        self.chunks.retain(|digest, held| {
             let goes = goes(digest);
             if goes {
                 objects.set(objects.get() + 1);
-                bytes.set(bytes.get() + ByBytes.weight(digest, chunk));
+                bytes.set(bytes.get() + ByBytes.weight(digest, held));
             }
             !goes
         });
@@ -97,8 +108,16 @@ mod tests {
     }
 
     #[test]
+    fn what_has_been_here_for_its_time_is_not_served_and_not_announced() {
+        let ram = Ram::new(1 << 20, std::time::Duration::ZERO.into());
+        ram.insert([1; 32], chunk(), ram.mark());
+        assert!(ram.held().is_empty() && ram.get(&[1; 32]).is_none());
+        assert_eq!(ram.chunks.weight(), 0, "what was asked for in vain takes no room");
+    }
+
+    #[test]
     fn what_is_under_way_during_a_deletion_is_not_kept_and_what_begins_after_it_is() {
-        let ram = Ram::new(1 << 20);
+        let ram = Ram::new(1 << 20, Lifetime::seconds(0));
         let before = ram.mark();
         (1..=2).for_each(|n| ram.insert([n; 32], chunk(), before));
         let went = ram.forget(|digest| digest[0] == 1);

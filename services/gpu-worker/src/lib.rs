@@ -30,6 +30,7 @@ use cacheclip_kernels::page::PAGE_TOKENS;
 use cacheclip_model::{layout::spec, load};
 use cacheclip_prompt::Composer;
 use cacheclip_rpc::v1::worker_server::WorkerServer;
+use cacheclip_service::lifetime::Lifetime;
 use cacheclip_service::residency::Announcer;
 use cacheclip_service::{Running, Server, seconds};
 use device::Begun;
@@ -79,7 +80,7 @@ pub async fn start(options: Options) -> anyhow::Result<Running> {
     let codec = if options.compress { Codec::COMPRESSED } else { Codec::default() };
     let writer =
         stores.clone().map(|stores| Writer::start(stores, Arc::clone(&layout), options.write_queue, codec));
-    let ram = Ram::new(options.ram_bytes);
+    let ram = Ram::new(options.ram_bytes, Lifetime::seconds(options.ram_seconds));
     let loader = Loader::new(
         (ram.clone(), host),
         stores,

@@ -98,6 +98,9 @@ pub struct Options {
     pub connect: ConnectOptions,
     /// Bytes of decoded chunk KV kept in RAM.
     pub ram_bytes: u64,
+    /// How long chunk KV is served from RAM before the stores are asked for it again: what has expired there is used no
+    /// longer than that. 0: for ever.
+    pub ram_seconds: u64,
     /// Bytes of paged KV for running sequences.
     pub page_bytes: u64,
     /// Longest prompt plus answer in tokens; 0: what the model allows.
@@ -149,6 +152,7 @@ impl Default for Options {
             stores: Vec::new(),
             connect: ConnectOptions::default(),
             ram_bytes: 1 << 30,
+            ram_seconds: 3600,
             page_bytes: 512 << 20,
             max_tokens: 0,
             default_answer_tokens: 64,

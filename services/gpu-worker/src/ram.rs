@@ -10,6 +10,7 @@ use cacheclip_chunk::ChunkKey;
 use cacheclip_model::kv::ChunkKv;
 use cacheclip_plan::Scored;
 use cacheclip_rpc::v1::{Tier, TierDeletion};
+use cacheclip_service::lifetime::{Held, Lifetime};
 use cacheclip_service::residency;
 use parking_lot::RwLock;
 use quick_cache::sync::Cache;
@@ -45,8 +46,9 @@ impl Section {
 #[derive(Clone, Debug)]
 struct ByBytes;
 
-impl Weighter<ChunkKey, Section> for ByBytes {
-    fn weight(&self, _: &ChunkKey, section: &Section) -> u64 {
+impl Weighter<ChunkKey, Held<Section>> for ByBytes {
+    fn weight(&self, _: &ChunkKey, held: &Held<Section>) -> u64 {
+        let section = &held.value;
         crate::engine::weight(&section.kv) + section.rank.as_ref().map_or(0, |rank| rank.len() as u64) + 128
     }
 }
@@ -55,11 +57,11 @@ impl Weighter<ChunkKey, Section> for ByBytes {
 #[derive(Clone, Debug)]
 struct UntilPlaced;
 
-impl Lifecycle<ChunkKey, Section> for UntilPlaced {
+impl Lifecycle<ChunkKey, Held<Section>> for UntilPlaced {
     type RequestState = ();
 
-    fn is_pinned(&self, _: &ChunkKey, section: &Section) -> bool {
-        section.kv.in_use()
+    fn is_pinned(&self, _: &ChunkKey, held: &Held<Section>) -> bool {
+        held.value.kv.in_use()
     }
 }
 
@@ -73,8 +75,9 @@ pub(crate) struct Ram(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    sections: Cache<ChunkKey, Section, ByBytes, DefaultHashBuilder, UntilPlaced>,
+    sections: Cache<ChunkKey, Held<Section>, ByBytes, DefaultHashBuilder, UntilPlaced>,
     bytes: u64,
+    lifetime: Lifetime,
     /// With the chunks they are about.
     sets: Cache<[u8; 32], (Arc<[ChunkKey]>, Set)>,
     /// Written to while something is deleted, read while something is remembered.
@@ -82,14 +85,15 @@ struct Inner {
 }
 
 impl Ram {
-    /// Keeps at most `bytes` of KV.
-    pub(crate) fn new(bytes: u64) -> Self {
+    /// Keeps at most `bytes` of KV, each section for its lifetime at most.
+    pub(crate) fn new(bytes: u64, lifetime: Lifetime) -> Self {
         crate::metrics::ram(0);
         // The estimate sizes bookkeeping only: a megabyte per section.
         let sections = usize::try_from(bytes >> 20).unwrap_or(usize::MAX).clamp(64, 1 << 20);
         Self(Arc::new(Inner {
             sections: Cache::with(sections, bytes, ByBytes, DefaultHashBuilder::default(), UntilPlaced),
             bytes,
+            lifetime,
             sets: Cache::new(SETS),
             deletions: RwLock::new(0),
         }))
@@ -107,20 +111,29 @@ impl Ram {
 
     /// A section, if it is here. It stays as long as its KV is in use.
     pub(crate) fn get(&self, key: &ChunkKey) -> Option<Section> {
-        self.0.sections.get(key)
+        let Inner { sections, lifetime, .. } = &*self.0;
+        let alive = lifetime.alive(sections.get(key)?);
+        if alive.is_none() {
+            // Somebody may have put it in again meanwhile.
+            sections.remove_if(key, |held| lifetime.is_over(held));
+            crate::metrics::ram(sections.weight());
+        }
+        alive
     }
 
     /// What is here, in announcements' short form.
     pub(crate) fn held(&self) -> Vec<u64> {
-        self.0.sections.iter().map(|(key, _)| residency::short(key.as_bytes())).collect()
+        let alive = self.0.sections.iter().filter(|(_, held)| !self.0.lifetime.is_over(held));
+        alive.map(|(key, _)| residency::short(key.as_bytes())).collect()
     }
 
     /// Keeps a section that was begun at `mark`, evicting others; a section larger than the tier is not kept.
     pub(crate) fn insert(&self, key: ChunkKey, section: Section, mark: Mark) {
         let deletions = self.0.deletions.read();
         // One that is in use is not evicted, not even where it is too large: it must not come in.
-        if *deletions == mark.0 && self.holds(ByBytes.weight(&key, &section)) {
-            self.0.sections.insert(key, section);
+        let held = Held::from(section);
+        if *deletions == mark.0 && self.holds(ByBytes.weight(&key, &held)) {
+            self.0.sections.insert(key, held);
             crate::metrics::ram(self.0.sections.weight());
         }
     }
@@ -153,11 +166,11 @@ impl Ram {
         let mut deletions = self.0.deletions.write();
         *deletions += 1;
         let (objects, bytes) = (Cell::new(0), Cell::new(0));
-        self.0.sections.retain(|key, section| {
+        self.0.sections.retain(|key, held| {
             let goes = goes(key);
             if goes {
                 objects.set(objects.get() + 1);
-                bytes.set(bytes.get() + ByBytes.weight(key, section));
+                bytes.set(bytes.get() + ByBytes.weight(key, held));
             }
             !goes
         });
@@ -183,7 +196,7 @@ mod tests {
     }
 
     fn ram() -> Ram {
-        let ram = Ram::new(1 << 20);
+        let ram = Ram::new(1 << 20, Lifetime::seconds(0));
         (1..=3).for_each(|n| ram.insert(key(n), section(), ram.mark()));
         ram
     }
@@ -208,10 +221,18 @@ mod tests {
     }
 
     #[test]
+    fn what_has_been_here_for_its_time_is_not_served_and_not_announced() {
+        let ram = Ram::new(1 << 20, std::time::Duration::ZERO.into());
+        (1..=3).for_each(|n| ram.insert(key(n), section(), ram.mark()));
+        assert!(ram.held().is_empty() && here(&ram).is_empty());
+        assert_eq!(ram.0.sections.weight(), 0, "what was asked for in vain takes no room");
+    }
+
+    #[test]
     fn a_tier_without_room_keeps_nothing_not_even_what_is_in_use() {
         let layer = LayerKv::new(vec![0.0; 16], 1);
         let section = Section { kv: ChunkKv::new(vec![layer]), rank: None, container_bytes: 0 };
-        let ram = Ram::new(0);
+        let ram = Ram::new(0, Lifetime::seconds(0));
         ram.insert(key(1), section.clone(), ram.mark());
         assert!(ram.get(&key(1)).is_none() && section.kv.tokens() == 1);
     }
@@ -223,7 +244,7 @@ mod tests {
             let layer = LayerKv::new(vec![0.0; 16 << 10], 1);
             Section { kv: ChunkKv::new(vec![layer]), rank: None, container_bytes: 0 }
         };
-        let ram = Ram::new(BYTES);
+        let ram = Ram::new(BYTES, Lifetime::seconds(0));
         assert!(ram.holds(64 << 10) && !ram.holds(BYTES));
         // Each is asked for often enough to take the place of one that is not.
         let keep = |keys: std::ops::RangeInclusive<u8>| {

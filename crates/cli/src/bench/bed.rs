@@ -98,7 +98,8 @@ impl Bed {
             options.worker.random_shape = Some(shape.clone());
             options.scorer.iter_mut().for_each(|scorer| scorer.random_shape = Some("aux-30m".into()));
         }
-        let composer = Composer::from_dir(&options.gateway.model_dir)?;
+        // The wider vocabulary has no text that is tokenised differently, and is large.
+        let composer = Composer::from_dir(&arguments.models.join("primary"))?;
         let fleets = AtomicUsize::new(0);
         Ok(Self { store, config, link, composer, options, fleets, _data: data })
     }
