@@ -10,7 +10,7 @@ use cacheclip_kernels::matrix::Matrix;
 use cacheclip_kernels::ops;
 use cacheclip_kernels::page::{HeadShape, LayerView};
 use cacheclip_kernels::place::{StoredLayer, place, scatter};
-use cacheclip_kernels::probe::{self, attend_and_look, probe, probe_rows};
+use cacheclip_kernels::probe::{attend_and_look, probe, probe_rows};
 use cacheclip_kernels::rope::RopeTable;
 use rayon::prelude::*;
 
@@ -312,10 +312,9 @@ impl Device for Cpu {
         geometry: &Geometry,
     ) -> Result<(Rows, Vec<f32>), Error> {
         let mut out = Rows::new(qkv.rows(), geometry.heads * geometry.head_dim);
-        let Look { at, first, positions, columns, heads, rows } = look;
-        let queries = Queries { data: &qkv.data, stride: qkv.width, heads: geometry.heads, positions };
-        let look = probe::Look { first, columns, heads, rows };
-        let values = attend_and_look(&pages.view(at), queries, look, &mut out.data);
+        let (heads, positions) = (geometry.heads, look.positions);
+        let queries = Queries { data: &qkv.data, stride: qkv.width, heads, positions };
+        let values = attend_and_look(&pages.view(look.at), queries, look.rows_alone(), &mut out.data);
         Ok((out, values))
     }
 }

@@ -12,7 +12,7 @@ use crate::kv::{ChunkKv, HostPool, LayerKv};
 use crate::walk::BLOCK_ROWS;
 use crate::weights::Values;
 use cacheclip_chunk::Dtype;
-use cacheclip_kernels::probe::Reduce;
+use cacheclip_kernels::probe::{self, Reduce};
 use cacheclip_kernels::rope::RopeTable;
 
 /// Heads of a model's attention.
@@ -329,4 +329,11 @@ pub struct Look<'a> {
     pub heads: Reduce,
     /// Reduction over rows, if any.
     pub rows: Option<Reduce>,
+}
+
+impl Look<'_> {
+    /// The same as kernels have it, to whom sequence and positions come with the rows.
+    pub(crate) fn rows_alone(&self) -> probe::Look {
+        probe::Look { first: self.first, columns: self.columns, heads: self.heads, rows: self.rows }
+    }
 }

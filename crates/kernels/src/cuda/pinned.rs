@@ -61,6 +61,13 @@ impl HostPool {
         HostBytes(pinned.unwrap_or_else(|| Held::Ordinary(vec![0; bytes].into())))
     }
 
+    /// Words of `N` bytes each, one after the other.
+    pub fn words<const N: usize>(&self, words: impl ExactSizeIterator<Item = [u8; N]>) -> HostBytes {
+        let mut bytes = self.bytes(N * words.len());
+        bytes.as_chunks_mut().0.iter_mut().zip(words).for_each(|(to, word)| *to = word);
+        bytes
+    }
+
     /// A copy of `bytes`.
     pub fn copy(&self, bytes: &[u8]) -> HostBytes {
         let mut copy = self.bytes(bytes.len());

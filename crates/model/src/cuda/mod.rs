@@ -195,10 +195,7 @@ impl Cuda {
         let (bytes, stored) = match kv.elements() {
             Elements::Bf16(bytes) => (Arc::clone(bytes), Stored::Bf16),
             Elements::F32(values) => {
-                let mut bytes = self.executor.host().bytes(size_of_val(&values[..]));
-                for (to, value) in bytes.chunks_exact_mut(4).zip(values) {
-                    to.copy_from_slice(&value.to_le_bytes());
-                }
+                let bytes = self.executor.host().words(values.iter().map(|value| value.to_le_bytes()));
                 (Arc::new(bytes), Stored::F32)
             }
         };
@@ -219,10 +216,6 @@ fn check(config: &Config) -> Result<(), Error> {
 
 fn on<'a>(pages: &'a Pages, layer: usize) -> executor::At<'a> {
     executor::At { pages, layer }
-}
-
-fn looked(look: &Look<'_>) -> executor::Look {
-    executor::Look { first: look.first, columns: look.columns, heads: look.heads, rows: look.rows }
 }
 
 impl Device for Cuda {
@@ -440,7 +433,7 @@ impl Device for Cuda {
         _geometry: &Geometry,
     ) -> Result<Vec<f32>, Error> {
         let At { layer, table } = look.at;
-        Ok(self.executor.probe(on(pages, layer), table, qkv, look.positions, looked(&look))?)
+        Ok(self.executor.probe(on(pages, layer), table, qkv, look.positions, look.rows_alone())?)
     }
 
     fn attend_and_look(
@@ -451,6 +444,6 @@ impl Device for Cuda {
         _geometry: &Geometry,
     ) -> Result<(Rows, Vec<f32>), Error> {
         let At { layer, table } = look.at;
-        Ok(self.executor.attend_and_probe(on(pages, layer), table, qkv, look.positions, looked(&look))?)
+        Ok(self.executor.attend_and_probe(on(pages, layer), table, qkv, look.positions, look.rows_alone())?)
     }
 }

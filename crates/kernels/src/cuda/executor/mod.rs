@@ -8,7 +8,7 @@ mod events;
 mod paged;
 
 pub use events::Noted;
-pub use paged::{Angles, At, Look, Pages, STAGED, Section, Sequences};
+pub use paged::{Angles, At, Pages, STAGED, Section, Sequences};
 
 use super::Heads;
 use super::error::DeviceError;
@@ -168,10 +168,7 @@ impl Executor {
             Some(entry) => entry,
             None => {
                 let buffer = self.memory.buffer(stream, size_of_val(numbers))?;
-                let mut bytes = self.host.bytes(size_of_val(numbers));
-                for (to, number) in bytes.chunks_exact_mut(4).zip(numbers) {
-                    to.copy_from_slice(&number.to_le_bytes());
-                }
+                let bytes = self.host.words(numbers.iter().map(|number| number.to_le_bytes()));
                 // SAFETY: the buffer is as long, and both live until the stream is past: `bytes` is kept, and the buffer
                 // goes back to this stream's.
                 unsafe { self.machine.upload(stream, buffer.address(), bytes.as_ptr(), bytes.len()) }?;
@@ -226,10 +223,7 @@ impl Executor {
         for (index, piece) in values.chunks(PIECE).enumerate() {
             let rounded = &mut rounded[..piece.len()];
             rounded.convert_from_f32_slice(piece);
-            let mut bytes = self.host.bytes(2 * piece.len());
-            for (to, value) in bytes.chunks_exact_mut(2).zip(rounded) {
-                to.copy_from_slice(&value.to_le_bytes());
-            }
+            let bytes = self.host.words(rounded.iter().map(|value| value.to_le_bytes()));
             self.upload(&weights.buffer, 2 * (first + index * PIECE), &bytes)?;
         }
         Ok(())

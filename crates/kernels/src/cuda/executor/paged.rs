@@ -11,7 +11,7 @@ use crate::cuda::machine::{Machine, Stream};
 use crate::cuda::memory::Buffer;
 use crate::cuda::pinned::HostBytes;
 use crate::page::PAGE_TOKENS;
-use crate::probe::Reduce;
+use crate::probe::Look;
 use crate::rope::RopeTable;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -82,19 +82,6 @@ pub enum Sequences<'a> {
     One(&'a [u32]),
     /// Row `i` of the sequence with table `i`.
     Each(&'a [&'a [u32]]),
-}
-
-/// What a probe looks at.
-#[derive(Clone, Copy, Debug)]
-pub struct Look {
-    /// First row that counts.
-    pub first: usize,
-    /// Columns reported, from 0.
-    pub columns: usize,
-    /// Reduction over heads.
-    pub heads: Reduce,
-    /// Then over rows, if any.
-    pub rows: Option<Reduce>,
 }
 
 /// A layer of a section, to be placed: K `[kv, tokens, dim]`, then V.
