@@ -22,19 +22,10 @@ pub mod scorer;
 pub mod targets;
 pub mod work;
 
-/// Exit codes where there is nothing to run on: the worker's own, of no device, too old a device, too old a driver, a missing
-/// library, and a build without CUDA.
+/// Exit codes: the worker's own where there is nothing to run on, and one more.
 pub mod code {
-    /// No driver, or no device.
-    pub const NO_DEVICE: u8 = 80;
-    /// A device older than the kernels.
-    pub const CAPABILITY: u8 = 81;
-    /// A driver older than this build, or than the toolkit.
-    pub const DRIVER: u8 = 82;
-    /// cuBLAS, or NVRTC and no kept kernels.
-    pub const TOOLKIT: u8 = 83;
-    /// A build without CUDA.
-    pub const BUILD: u8 = 86;
+    pub use cacheclip_kernels::cuda::code::*;
+
     /// Of a part: its time was up before it was through; what it gave is right. Of all: nothing failed, and not all was done.
     pub const CUT: u8 = 75;
 }

@@ -4,7 +4,7 @@ use crate::engine::{self, Engine};
 use crate::metrics;
 use crate::options::{Options, Processor};
 use cacheclip_chunk::Dtype;
-use cacheclip_kernels::cuda::{DeviceError, Unsupported};
+use cacheclip_kernels::cuda::{DeviceError, Unsupported, code};
 use cacheclip_model::config::Config;
 use cacheclip_model::kv::HostPool;
 use cacheclip_model::load::{Source, load};
@@ -12,24 +12,6 @@ use cacheclip_model::pages::{page_bytes, pages_for};
 use cacheclip_model::{Cpu, Device, Error, certificate};
 use cacheclip_prompt::Tokenizer;
 use cacheclip_service::Failure;
-
-/// Exit codes of a worker that cannot compute on the CUDA device it was told to.
-mod code {
-    /// No driver, or no device of that number.
-    pub(super) const NO_DEVICE: u8 = 80;
-    /// A device older than the kernels.
-    pub(super) const CAPABILITY: u8 = 81;
-    /// A driver older than this build, or than the toolkit.
-    pub(super) const DRIVER: u8 = 82;
-    /// cuBLAS, or NVRTC and no kept kernels.
-    pub(super) const TOOLKIT: u8 = 83;
-    /// Too little memory for the model.
-    pub(super) const MEMORY: u8 = 84;
-    /// A model that kernels are not for.
-    pub(super) const MODEL: u8 = 85;
-    /// A build without CUDA.
-    pub(super) const BUILD: u8 = 86;
-}
 
 /// An engine that runs, and what others need to know of its model and its device.
 #[derive(Debug)]

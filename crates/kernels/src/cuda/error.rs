@@ -32,3 +32,21 @@ pub enum DeviceError {
     #[error("the CUDA device failed to {0}: {1}")]
     Fault(&'static str, String),
 }
+
+/// Exit codes of programs that cannot compute on the CUDA device they were told to.
+pub mod code {
+    /// No driver, or no device of that number.
+    pub const NO_DEVICE: u8 = 80;
+    /// A device older than the kernels.
+    pub const CAPABILITY: u8 = 81;
+    /// A driver older than this build, or than the toolkit.
+    pub const DRIVER: u8 = 82;
+    /// cuBLAS, or NVRTC and no kept kernels.
+    pub const TOOLKIT: u8 = 83;
+    /// Too little memory for the model.
+    pub const MEMORY: u8 = 84;
+    /// A model that kernels are not for.
+    pub const MODEL: u8 = 85;
+    /// A build without CUDA.
+    pub const BUILD: u8 = 86;
+}

@@ -28,7 +28,7 @@ mod driver;
 #[allow(dead_code, reason = "tests, which have this file as a module of theirs, look at versions and logs")]
 mod nvrtc;
 
-pub use error::DeviceError;
+pub use error::{DeviceError, code};
 
 use crate::page::HeadShape;
 use std::fmt::Write as _;
